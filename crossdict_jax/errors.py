@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Launch scripts print it without a traceback and exit with code 2.
     """
+
+
+class TooFewRows(UserError):
+    """There are fewer rows than a map or a batch needs."""

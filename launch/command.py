@@ -352,13 +352,14 @@ def parse(
             )
         if flag not in FILES:
             settings.put(config, name, value)
-    for name in asked.get("config.control_kinds", ()):  # files name more than a narrowed run fits
-        settings.validate(config)
-        if name not in config.map.kinds:
-            raise UserError(
-                f"control_kinds={name} is not fitted, so that it has no controls; use some of "
-                f"map.kinds={settings.spell(config.map.kinds)}, or add it there."
-            )
+    for name in ("control_kinds", "intervention.maps", "contrast.maps", "probe.maps"):
+        for kind in asked.get(f"config.{name}", ()):  # files name more than a narrowed run fits
+            settings.validate(config)
+            if kind not in ("all", *config.map.kinds):
+                raise UserError(
+                    f"{name}={kind} is not fitted; use some of "
+                    f"map.kinds={settings.spell(config.map.kinds)}, or add it there."
+                )
     return config, workdir or f"runs/{Path(path.partition(':')[0]).stem}", expected
 
 
@@ -387,10 +388,11 @@ def _load(path: str, function: str = "get_config") -> Any:
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # whatever the user's own file does
-        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f", line {f.lineno}" for f in frames if f.filename == str(file)]
         raise UserError(
-            f"{path} has no usable {function}() ({type(error).__name__}: {error}, "
-            f"line {line}); see configs/{EXAMPLES[function]}.py."
+            f"{path} has no usable {function}() ({type(error).__name__}: {error}"
+            f"{lines[-1] if lines else ''}); see configs/{EXAMPLES[function]}.py."
         ) from error
 
 

@@ -347,10 +347,10 @@ def numbers(config, work):
         folder = work.map("a", "b", tiny_run.SITE, tiny_run.SITE, kind)
         m = maps.load(folder)
         given = {"features": f, "activations": x, "tokens": np.arange(9)}[m.reads]
-        found.append(m(given))
+        found += [m(given), jax.vmap(m)(given[None])[0]]
     y = b.encode(store.read("b", tiny_run.SITE, np.arange(9)))
     mean, settings = np.asarray(y).mean(0), {"pool": 5, "bootstrap": 0}
-    scores = evaluation.transfer_metrics(found[-3], y, train_mean=mean, **settings)
+    scores = evaluation.transfer_metrics(found[-6], y, train_mean=mean, **settings)
     found.append(models.init(GPT2, seed=3).W_E[...])
     with jax.transfer_guard("allow"):
         key = jax.random.key(0)

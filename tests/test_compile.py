@@ -22,7 +22,7 @@ TINY = Config(
     layers=(2,),
     text=TextConfig(documents=20, max_bytes=400, window_tokens=32),
     sae=SAEConfig(width=64, k=4, steps=100, batch_size=64),
-    map=MapConfig(kinds=("ridge", "mlp", "token_mlp", "crosscoder"), hidden=16, steps=50),
+    map=MapConfig(kinds=("ridge_codes", "mlp", "token_mlp", "crosscoder"), hidden=16, steps=50),
     controls=("ceiling",),
     machine="cpu-1",
 )
@@ -140,7 +140,8 @@ def test_every_stage_of_a_run_is_compiled(tiny):
     assert list(dict.fromkeys(e.program.stage for e in tiny)) == stages.split()
     names = " ".join(e.program.name for e in tiny)
     words = ("read docs-gpt2", "topk of width 64", "crosscoders", "maps mlp", "maps token_mlp")
-    assert all(word in names for word in (*words, "predict by mlp", "clean", "edited"))
+    words += ("predict by mlp", "predict by ridge_codes", "clean", "edited")
+    assert all(word in names for word in words)
     assert all(e.memory > 0 and e.total_ms > 0 and e.run_s > 0 for e in tiny)
     assert not any(e.host or e.sent for e in tiny)
 

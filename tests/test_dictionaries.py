@@ -50,7 +50,10 @@ def test_encode_decode_in_raw_units_and_again_after_saving(architecture, d_out, 
     dictionaries.save(d, tmp_path / "d", meta={"note": "kept"})
     again = dictionaries.load(tmp_path / "d")
     np.testing.assert_array_equal(again(x), d(x))
-    assert type(again) is type(d) and again.k == d.k
+    assert type(again) is type(d) and again.k == d.k and not again.W_dec[...].committed
+    missing = np.isnan(again.encode(x.at[3].set(jnp.nan))).any(axis=1)
+    assert missing[3] and missing.sum() == 1  # not as a row without features
+    refused(r"x must be \[batch, 6\], not \[1, 32, 6\]", d.encode, x[None])
     assert (again.d_model, again.d_out, again.transcodes) == (6, d_out or 6, bool(d_out))
     assert checkpoint.load_meta(tmp_path / "d")["note"] == "kept"
 

@@ -4,6 +4,8 @@ import pytest
 from tiny_run import SHAPES, changed, extracted, make_config, refused, save_dictionaries
 
 from crossdict_jax.config import CrosscoderConfig, EfficiencyConfig, HypernetworkConfig, MapConfig
+from crossdict_jax.errors import UserError
+from crossdict_jax.maps import map_class
 from crossdict_jax.studies.efficiency import curves, figure, measure, r2_table, section, worth
 from crossdict_jax.training import checkpoint
 from crossdict_jax.workdir import read_jsonl
@@ -61,12 +63,18 @@ def test_the_networks_were_trained_on_nothing_that_they_are_asked_about(run):
     assert nothing["unused"] == layer["unused"] == {}
 
 
-def test_what_cannot_be_asked_is_refused(run):
+def test_what_cannot_be_asked_is_refused(run, monkeypatch):
     config, work, *_ = run
     one = changed(config, layers=(0,))
     refused("layers give one layer pair, 0:0: none can be left out", measure.run, one, work)
     many = changed(config, efficiency__rows=(8, 10**6))
     refused("efficiency.rows=1000000 is more than", measure.run, many, work)
+
+    def fails(*problems, **training):
+        raise UserError("The disk is full.")
+
+    monkeypatch.setattr(map_class("mean"), "fit", fails)  # is not taken for too few rows
+    refused("The disk is full", measure.run, changed(config, evaluation__bootstrap=3), work)
 
 
 def test_worth_is_read_off_the_curve():

@@ -159,6 +159,7 @@ MISTAKES = [  # arguments, what the line names
     ("more", "'more' is not a flag"),
     ("--config.sae.learning_rate=nan", "sae.learning_rate=nan is not a number"),
     ("--config.control_kinds=mlp --config.map.kinds=mean,ridge", "control_kinds=mlp is not fitted"),
+    ("--config.map.kinds=mean --config.probe.maps=mlp", "probe.maps=mlp is not fitted; use "),
     ("--config=none.py", "none.py: there is no file"),
     ("--config=configs/docs_gpt2.py", "PretrainConfig"),
     ("--config=configs/stored.py:nowhere", "nowhere"),

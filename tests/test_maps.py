@@ -81,7 +81,8 @@ def test_contract(kind, nonlinear, fitted_on):
     call = jax.jit(lambda params, x, ids: modules.merge(graphdef, params)(x, tokens=ids))
     compiled = call(params, inputs, test.source.tokens)
     np.testing.assert_allclose(compiled, predicted, atol=1e-3)
-    assert m(inputs[:3]).shape == (3, 16)  # tokens beside the inputs are optional
+    listed = m(np.asarray(inputs[:3]).tolist())  # tokens beside the inputs are optional
+    np.testing.assert_array_equal(listed, m(inputs[:3]))
     json.dumps(fitted.record, allow_nan=False)
     if m.predicts_activation:
         x_b = m.activation(inputs, tokens=test.source.tokens)
@@ -96,12 +97,21 @@ def test_saved_and_loaded_gives_the_same_bits(kind, nonlinear, fitted_on, tmp_pa
     target = tmp_path / "dictionaries" / "b"
     dictionaries.save(test.target.dictionary, target)
     maps.save(m, tmp_path / "maps" / "one", dictionary=target, record={"chosen": 1})
-    shutil.move(tmp_path, tmp_path.with_name(tmp_path.name + "-moved"))  # the link is relative
-    loaded = maps.load(tmp_path.with_name(tmp_path.name + "-moved") / "maps" / "one")
+    moved = tmp_path.with_name(tmp_path.name + "-moved")
+    shutil.move(tmp_path, moved)  # the pointer is relative
+    (moved / "link").symlink_to("maps/one")
+    loaded = maps.load(moved / "link")
     assert type(loaded) is type(m)
     for before, after in zip(*(jax.tree.leaves(modules.split(x)[1]) for x in (m, loaded))):
         np.testing.assert_array_equal(before, after)
     np.testing.assert_array_equal(maps.predict(loaded, test), maps.predict(m, test))
+
+
+@pytest.mark.mesh
+def test_a_few_validation_rows_are_shared_by_the_devices(nonlinear, tmp_path):
+    few = dataclasses.replace(nonlinear[0], validation=nonlinear[0].validation.take(np.arange(13)))
+    (fitted,) = mlp.MLP.fit([few], MapConfig(batch_size=16, steps=2), seed=0, directory=tmp_path)
+    assert fitted.record["validation"]["nmse"] > 0
 
 
 @pytest.mark.parametrize("kind", ["mlp", slow("hypernetwork")])

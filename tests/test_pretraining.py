@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,18 +71,24 @@ def test_killed_and_resumed_writes_the_same_bits(trained, text, tmp_path):
     kill_in_save(2, lambda: train_language_model(config, tmp_path))
     train_language_model(config, tmp_path)
     assert (tmp_path / file).read_bytes() == (directory / file).read_bytes()
+    other = Path(shutil.copy(text.source, tmp_path / "as it was"))
+    Path(text.source).write_text(other.read_text().replace("a", "b", 1))
+    tiny_run.refused("other settings or data", train_language_model, config, tmp_path)
+    other.replace(text.source)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "model_type=llama cannot be trained; use gpt2 or gpt_neox"),
+        ({"n_heads": 7}, "does not divide into 7 heads"),
         ({"vocab_size": 100_000}, "vocab_size=100000 needs more text"),
         ({"context": 100_000}, "fewer than one window of 100000"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(text, changes, message, tmp_path):
     tiny_run.refused(message, train_language_model, tiny(text, **changes), tmp_path)
+    assert (tmp_path / "tokenizer.json").exists() == ("context" in changes)  # told beforehand
 
 
 def test_the_embedded_models_are_what_their_records_say():

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from crossdict_jax import dictionaries, maps, models, results
+from crossdict_jax import dictionaries, maps, models, results, workdir
 from crossdict_jax.activations.pairing import token_bytes
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.causal.finished_run import FinishedRun
@@ -154,6 +154,8 @@ def test_a_search_lists_features_and_takes_the_first(run, capsys):
     printed = capsys.readouterr().out
     newest = max(work.result("steering").glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     rows = results.read(work, f"steering/{newest.name}")
+    made_of = workdir.read_json(newest.with_suffix(".inputs.json"))
+    assert any(name.startswith("maps/a-to-b/") for name in made_of)  # the page tells changes
     (answer,) = answers(rows)
     candidates = answer.feature["candidates"]
     assert answer.feature["feature"] == candidates[0]["feature"]

@@ -27,6 +27,7 @@ def test_an_equal_run_goes_on(tmp_path):
 JOINT = "crosscoders/resid_pre.1--resid_pre.1/aligned"
 TRAINED = [("sae.k", "dictionaries/a/resid_pre.1/seed-0"), ("sae.k", JOINT)]  # theirs by default
 TRAINED += [("crosscoder.width", JOINT), ("map.steps", "maps/a-to-b/resid_pre.1--resid_pre.1/mlp")]
+TRAINED += [("map.ridge_penalties", "dictionaries/transfer/a/checkpoints")]
 
 
 @pytest.mark.parametrize(("name", "folder"), TRAINED)

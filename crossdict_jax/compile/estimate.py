@@ -59,7 +59,7 @@ def estimate(program: Program, machine: Machine) -> Estimate:
         if not needed:
             raise
         size = max(float(needed[1]) * UNITS[needed[2]], machine.device.memory + 1)
-        return Estimate(program, size, size)
+        return Estimate(program, size, min(size, program.beside + 4 * program.parameters))
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
@@ -98,7 +98,8 @@ def largest(e: Estimate, machine: Machine) -> dict[str, int]:
     for name, value in e.program.changes.items():
         fixed = e.program.rows if name.endswith(".width") else e.held
         share = (machine.device.memory - fixed) / max(e.memory - fixed, 1.0)
-        result[name] = 2 ** int(value * max(0.0, share)).bit_length() // 2
+        share = max(0.0, share) ** (1 / e.program.growth if name.endswith(".width") else 1)
+        result[name] = 2 ** int(value * share).bit_length() // 2
     return result
 
 
@@ -108,10 +109,13 @@ def refuse_too_large(estimates: Sequence[Estimate], machine: Machine) -> None:
         if e.memory <= machine.device.memory:
             continue
         smaller = {n: v for n, v in largest(e, machine).items() if 0 < v < e.program.changes[n]}
-        mend = " or ".join(f"{name}={value}" for name, value in smaller.items())
+        mends = [f"{name}={value}" for name, value in smaller.items()]
+        if e.program.growth > 1:  # of one kind of map
+            mends.append(f"map.kinds without {e.program.name.split()[-1]}")
+        other = "fewer text.documents" if e.program.rows else "a smaller model"
         size, has = (f"{n / 1e9:.3g} GB" for n in (e.memory, machine.device.memory))
         raise UserError(
             f"{e.program.stage}, {e.program.name}: {size}{'' if e.ms else ' or more'} are needed "
             f"on each device, and those of {machine.name} give {has}; try "
-            f"{mend or 'fewer text.documents or larger devices'}."
+            f"{' or '.join(mends) or f'{other} or larger devices'}."
         )

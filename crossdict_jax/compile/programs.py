@@ -26,6 +26,7 @@ from crossdict_jax.maps import map_class, tasks
 from crossdict_jax.maps.base import predict_batch
 from crossdict_jax.maps.codes import Compact
 from crossdict_jax.maps.fit import control_tasks
+from crossdict_jax.maps.kinds.ridge_codes import RidgeCodes
 from crossdict_jax.maps.network import (
     VALIDATION_ROWS,
     NetworkMap,
@@ -57,6 +58,7 @@ class Program:
     steps: int = 1  # of training, in each run
     rows: int = 0  # bytes of rows that stay on a device, whatever these settings are
     beside: int = 0  # bytes of what else lies on a device meanwhile
+    growth: int = 1  # the power of the width by which its memory grows
     parameters: int = 0  # of the language model that is read
 
 
@@ -94,7 +96,8 @@ def make_plan(config: Config) -> Plan:
     shares = {"validation": text.validation_fraction, "test": text.test_fraction}
     shares["train"] = 1 - sum(shares.values())
     rows = {split: int(share * text.documents * tokens) for split, share in shares.items()}
-    windows = text.documents * math.ceil(tokens / text.window_tokens)
+    longest = min(text.window_tokens, *(lm.config.context for lm in lms.values()))
+    windows = text.documents * math.ceil(tokens / longest)
     return Plan(config, lms, store, windows, rows)
 
 
@@ -117,11 +120,11 @@ class Recorder(Runner):
         super().__init__(lm, batch_size=batch_size, dtype=plan.config.extract.matmul_dtype)
         length = min(plan.config.text.window_tokens, lm.config.context)
         self.texts = [np.zeros(length, np.int32)] * (batch_size * self.mesh.size)
-        self.lowered: dict[str, jax.stages.Lowered] = {}
+        self.lowered: dict[str, tuple[jax.stages.Lowered, int]] = {}  # and the texts that it reads
 
     def dispatch(self, function: Callable, *arrays, static=(), shared=()):
         lowered = run_model.lower(*self.arguments(function, arrays, static, shared))
-        self.lowered.setdefault(function.__name__.strip("_"), lowered)
+        self.lowered.setdefault(function.__name__.strip("_"), (lowered, len(arrays[0])))
         return jax.tree.map(lambda a: blank(a.shape, a.dtype), lowered.out_info)
 
 
@@ -138,11 +141,10 @@ def extraction(plan: Plan) -> Iterator[Program]:
         runner = Recorder(plan, name, batch_size)
         texts = np.arange(len(runner.texts))
         list(runner.stream(Passages(runner.texts, texts, 0 * texts), plan.store.ends.stored(name)))
-        runs = twice * plan.windows / len(runner.texts)
         changes = {"extract.batch_size": batch_size}
-        for lowered in runner.lowered.values():
-            about = {"beside": beside, "parameters": size}
-            yield Program("extract_activations", f"read {name}", lowered, runs, changes, **about)
+        for lowered, n in runner.lowered.values():
+            about = {"runs": twice * plan.windows / n, "beside": beside, "parameters": size}
+            yield Program("extract_activations", f"read {name}", lowered, changes=changes, **about)
 
 
 def stitching(plan: Plan) -> Iterator[Program]:
@@ -153,7 +155,6 @@ def stitching(plan: Plan) -> Iterator[Program]:
     for name, lm in plan.lms.items():
         runner, sites = Recorder(plan, name, settings.batch_size), plan.store.sites_of(name)
         texts = np.arange(len(runner.texts))
-        batches = tested / documents * plan.windows / len(texts)
         at = np.arange(len(runner.texts[0]))  # every token, the most that are paired
         passages = Passages(runner.texts, np.repeat(texts, len(at)), np.tile(at, len(texts)))
         runner.splice(passages, sites[0], {"x": np.zeros(lm.config.d_model, np.float32)})
@@ -162,8 +163,8 @@ def stitching(plan: Plan) -> Iterator[Program]:
         # The controls of each site: three of dictionaries, three of stitching.
         times = {"clean": 2 * len(sites), "edited": edits + 6 * len(sites)}
         changes = {"intervention.batch_size": settings.batch_size}
-        for part, lowered in runner.lowered.items():
-            runs = times[part] * batches
+        for part, (lowered, n) in runner.lowered.items():
+            runs = times[part] * tested / documents * plan.windows / n
             yield Program("intervene", f"{part} {name}", lowered, runs, changes)
 
 
@@ -357,10 +358,10 @@ def scoring(plan: Plan) -> Iterator[Program]:
     d_out, test = params["W_dec"].shape[1], plan.rows["test"]
     changes = {"sae.width": width, "evaluation.batch_size": size}
 
-    def program(name: str, function, runs: float, arrays: tuple, static: tuple = ()) -> Program:
+    def program(name, function, runs: float, arrays: tuple, static: tuple = (), **about) -> Program:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             lowered = function.lower(*static, *put(arrays, shard(mesh)))
-        return Program("evaluate", name, lowered, runs, changes)
+        return Program("evaluate", name, lowered, runs, **{"changes": changes} | about)
 
     bits = ml_dtypes.bfloat16
     y = blank((size, d_out), bits) if config.sae.output_site else None
@@ -369,17 +370,31 @@ def scoring(plan: Plan) -> Iterator[Program]:
     yield program("measure a dictionary", measure_batch, runs, arrays, (graph,))
 
     kinds = [kind for kind in config.map.kinds if issubclass(map_class(kind), NetworkMap)]
-    maps = len(todo) + len(control_tasks(config, store))
+    fitted = [task.kind for task in [*todo, *control_tasks(config, store)]]
+    each = (test + CONTEXT_ROWS) / size  # runs
+    if codes := fitted.count(RidgeCodes.kind):  # an array of width by width
+        zeros = {"mean_a": (width,), "W": (width, width), "mean_b": (width,)}
+        b = todo[0].ends[1]
+
+        def build() -> RidgeCodes:
+            return RidgeCodes(_dictionary(plan, b), {n: jnp.zeros(s) for n, s in zeros.items()})
+
+        of_codes, values = modules.abstract(build)
+        arrays = values, blank((size, width)), blank((size,), np.int32)
+        static, name = (of_codes, "__call__"), f"predict by {RidgeCodes.kind}"
+        square = {"growth": 2, "changes": {"sae.width": width}}
+        yield program(name, predict_batch, codes * each, arrays, static, **square)
     for kind in kinds[:1]:
         objective, fixed = _map_objective(plan, kind, todo[0].ends)
         trained = jax.eval_shape(lambda o=objective: o.init(jax.random.key(0), {}))
         params = fixed["values"] | trained | {"dictionary": fixed["dictionary_b"]}
         arrays = params, blank((size, width)), blank((size,), np.int32)
         static = objective.graph, "__call__"
-        runs = maps * (test + CONTEXT_ROWS) / size
+        runs = (len(fitted) - codes) * each
         yield program(f"predict by {kind}", predict_batch, runs, arrays, static)
 
     pool = config.evaluation.pool or min(retrieval.LARGEST_DEFAULT_POOL, test)
     chunk = min(retrieval.CHUNK, pool)
     arrays = blank((chunk, width)), blank((chunk,), np.int32), blank((pool, width)), blank((pool,))
-    yield program("rank in a pool", retrieval.at_least_as_similar, maps * pool / chunk, arrays)
+    runs = len(fitted) * pool / chunk
+    yield program("rank in a pool", retrieval.at_least_as_similar, runs, arrays)

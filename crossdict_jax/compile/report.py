@@ -17,7 +17,8 @@ its matrix products, its memory traffic and its operations one after another, th
 Products reach {:.3g} TFLOP/s in bfloat16 and {:.3g} in float32, memory {:.0f}
 GB/s, a ring {:.0f} GB/s; an operation takes {:.1f} us or more; of branches the shortest
 counts, and of steps those that revive no dead feature. Not counted: compiling, text, disk, closed
-forms and statistics, tests of single features, similarity of layers, the hypernetwork.
+forms and statistics, tests of single features, similarity of layers, the hypernetwork. Imported
+dictionaries count as of sae.width.
 """
 
 
@@ -40,7 +41,7 @@ def compile_run(config: Config) -> list[Estimate]:
             progress.update()
     show([costs(estimates, target), limits(estimates, target)])
     minutes, seconds = sum(e.run_s for e in estimates) / 60, time.perf_counter() - began
-    print(f"The run, of at most {number(plan.rows['train'])} training rows: about {minutes:.1f} "
+    print(f"The run, of about {number(plan.rows['train'])} training rows: about {minutes:.1f} "
           f"minutes on these devices (estimate). Compiled in {seconds:.0f} s.")  # fmt: skip
     device = target.device
     rates = device.bfloat16 / 1e12, device.float32 / 1e12, device.bandwidth / 1e9

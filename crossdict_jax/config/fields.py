@@ -49,7 +49,7 @@ CONTROLS = ("ceiling", "untrained", "reseeded")
 Names, Ints, Numbers = tuple[str, ...], tuple[int, ...], tuple[float, ...]
 MAP_HEADS = ("relu", "topk", "jumprelu")  # as in maps/network.py, which is slow to import
 MATMUL = "Inputs of matrix products; auto: bfloat16 on GPU and TPU, float32 on CPU"
-CHECKPOINTS = "Training steps between checkpoints, which is what a kill can lose"
+CHECKPOINTS = "Training steps between checkpoints; multiples of 50 give the same results"
 MAPS = "Maps to use, of map.kinds"
 NORM = "What 1 means in alphas: median norm of the residual, or a norm of the direction"
 HUB = "hub:OWNER/NAME[/FOLDER]"
@@ -103,7 +103,7 @@ class SAEConfig:
     k: Count = setting(32, "Active features per row of topk kinds, or several", at_least(1))
     l1_coefficient: Number = setting(1.0, "Weight of the sparsity penalty, or several", at_least(0))
     learning_rate: Number = setting(
-        0.0, "Learning rate of Adam, or several; 0: 2e-3 sqrt(4096 / width)", at_least(0)
+        0.0, "Learning rate of Adam, or several; 0: by width, 2e-3 for topk at 4096", at_least(0)
     )
     steps: int = setting(2500, "Training steps", at_least(1))
     batch_size: int = setting(1024, "Rows per training step", at_least(1))
@@ -191,7 +191,9 @@ class CrosscoderConfig:
     l1_coefficient: float = setting(1.0, "Weight of the penalty of variant l1", at_least(0))
     shared_fraction: float = setting(1.0, "Share of latents for all models", SHARE_OR_0_OR_1)
     drop_probability: float = setting(0.5, "Chance that a row leaves a model out", SHARE_OR_0)
-    learning_rate: float = setting(0.0, "Learning rate of Adam; 0: sae.learning_rate", at_least(0))
+    learning_rate: float = setting(
+        0.0, "Learning rate of Adam; 0: sae.learning_rate, or by width", at_least(0)
+    )
     steps: int = setting(0, "Training steps; 0: sae.steps", at_least(0))
     self_nulls: int = setting(0, "Layers at which a model meets itself", at_least(0))
 
@@ -406,7 +408,8 @@ FREE = ("records", "machine", "efficiency", "pareto", "contrast", "steer", "prob
 EVALUATED, TESTED = ((f"results/{n}.inputs.json",) for n in ("evaluate", "transfer_features"))
 # All read settings of sae.
 TRAINED = ("dictionaries", "controls/dictionaries", "crosscoders", "pareto")
-LATER = {"map": ("maps", "controls/maps"), "crosscoder": ("maps", "crosscoders")}
+STUDIED = ("dictionaries/transfer", "efficiency")  # fit maps of their own
+LATER = {"map": ("maps", "controls/maps", *STUDIED), "crosscoder": ("maps", "crosscoders")}
 LATER |= {"evaluation": EVALUATED} | {
     f"sae.{f.name}": TRAINED for f in dataclasses.fields(SAEConfig)
 }

@@ -138,6 +138,8 @@ class Dictionary(modules.Plain):
 
         ``y`` are raw rows [batch, d_out] that a transcoder is to predict.
         """
+        if (shape := jnp.shape(x))[1:] != (self.d_model,):
+            raise UserError(f"x must be [batch, {self.d_model}], not {list(shape)}; reshape it.")
         u = jnp.asarray(x, jnp.float32) * jax.lax.stop_gradient(self.scale[...])
         if y is None:
             return u, u
@@ -349,7 +351,7 @@ def save(dictionary: Dictionary, path: Path, *, meta: dict | None = None) -> Non
 
 @modules.plain
 def load(path: str | Path) -> Dictionary:
-    """Returns the dictionary in a checkpoint directory, on the first device.
+    """Returns the dictionary in a checkpoint directory.
 
     UserError: there is none, or a file of it is damaged.
     """

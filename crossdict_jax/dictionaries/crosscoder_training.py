@@ -16,7 +16,7 @@ from crossdict_jax.config import Config, JointSettings, SAEConfig, crosscoder_se
 from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries.crosscoder import Crosscoder
 from crossdict_jax.dictionaries.train import SparseObjective, with_products
-from crossdict_jax.errors import UserError
+from crossdict_jax.errors import TooFewRows
 from crossdict_jax.models import Site
 from crossdict_jax.training import checkpoint
 from crossdict_jax.training.ensemble import Ensemble, Stream, make_ensemble
@@ -83,7 +83,7 @@ def fit_crosscoders(
     for member in rows:
         n = len(member.views[0])
         if joint.batch_size > n:
-            raise UserError(
+            raise TooFewRows(
                 f"sae.batch_size={joint.batch_size} is more than the {n} training rows of "
                 f"{member.label}; lower it or raise text.documents."
             )
@@ -99,7 +99,7 @@ def fit_crosscoders(
         trained = train(
             ensemble,
             steps=joint.steps,
-            seed=0,  # members' own seeds tell them apart: who else is trained changes nothing
+            seed=0,  # members' own seeds tell them apart, whoever else is trained
             directory=folder,
             checkpoint_every=checkpoint_every,
             title=f"{len(group)} crosscoders of {sizes}",

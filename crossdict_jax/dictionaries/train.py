@@ -67,7 +67,7 @@ class SparseObjective(Objective):
         after = settings.dead_after_rows or max(1, round(DEAD_SHARE * seen))
         self.dead_after = min(after, 2**30)  # of int32
 
-    def variant(self, memories):
+    def variant(self, memories):  # once a chunk, for all: others, too, decide when AuxK begins
         if not self.revives:
             return 0
         n_dead = int((memories >= self.dead_after).sum(axis=1).max())

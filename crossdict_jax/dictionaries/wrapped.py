@@ -19,7 +19,7 @@ class AbsTopK(Dictionary):
 
     def activate(self, z: jax.Array) -> jax.Array:
         size = jnp.abs(z)
-        return jnp.where(size >= kth_largest(size, self.k)[:, None], z, 0.0)
+        return jnp.where(size < kth_largest(size, self.k)[:, None], 0.0, z)
 
 
 class Skip(Dictionary):

@@ -20,7 +20,7 @@ from scipy import sparse
 from crossdict_jax import dictionaries, modules
 from crossdict_jax.config import MapConfig, map_kinds
 from crossdict_jax.dictionaries import Dictionary
-from crossdict_jax.errors import UserError
+from crossdict_jax.errors import TooFewRows, UserError
 from crossdict_jax.maps.codes import Codes, Moments, compress, sparse_pays
 from crossdict_jax.maps.moments import (
     ROWS,
@@ -186,11 +186,11 @@ def encode_rows(dictionary: Dictionary, x: np.ndarray) -> np.ndarray:
 
 
 def check_rows(problem: Problem, kind: str, fewest: int = 2) -> None:
-    """Raises UserError for fewer training rows than the map needs, or one that is not finite."""
+    """Raises UserError: TooFewRows, fewer than the map needs, or one that is not finite."""
     for split, minimum in (("train", fewest), ("validation", 1)):
         pairs = getattr(problem, split)
         if len(pairs) < minimum:
-            raise UserError(
+            raise TooFewRows(
                 f"{problem.label} has {len(pairs)} paired {split} rows and {kind} needs {minimum} "
                 "or more; raise text.documents."
             )
@@ -301,7 +301,7 @@ class AffineMap(ActivationMap):
     """``x_B = (x_A - mean_a) W + mean_b``."""
 
     def activation(self, inputs, *, tokens=None):
-        x = inputs.astype(jnp.float32) - self.mean_a[...][None, :]
+        x = jnp.asarray(inputs, jnp.float32) - self.mean_a[...][None, :]
         return exact(x, self.W[...]) + self.mean_b[...][None, :]
 
 
@@ -314,7 +314,7 @@ def look_up(table: nnx.Dict, tokens: jax.Array | None, batch: int) -> jax.Array:
     rows = table.rows[...]
     if tokens is None:
         return jnp.broadcast_to(rows[-1:], (batch, rows.shape[1]))
-    return rows[find_tokens(table.ids[...], tokens)]
+    return rows[find_tokens(table.ids[...], jnp.asarray(tokens, jnp.int32))]
 
 
 def map_class(kind: str) -> type[Map]:
@@ -409,8 +409,9 @@ def load(
     if "target_dictionary" not in meta:
         raise UserError(f"{path} holds another checkpoint than a map's; correct the path.")
     with understood(path):
-        folder = Path(os.path.normpath(path / meta["target_dictionary"]))
-        if not folder.is_dir():
+        pointed = [base / meta["target_dictionary"] for base in (path, path.resolve())]  # of links
+        folder, real = (Path(os.path.normpath(p)) for p in pointed)
+        if not folder.is_dir() and not (folder := real).is_dir():
             raise UserError(
                 f"Map {path} needs the target's dictionary {folder}, which is missing; restore it "
                 "or train dictionaries and maps again."

@@ -14,14 +14,21 @@ from flax import nnx
 
 from crossdict_jax import modules
 from crossdict_jax.config import MapConfig
-from crossdict_jax.errors import UserError
+from crossdict_jax.errors import TooFewRows, UserError
 from crossdict_jax.maps.base import Fitted, Map, Problem, Side, check_rows
 from crossdict_jax.maps.codes import Compact, compact
 from crossdict_jax.maps.losses import transfer_loss
 from crossdict_jax.ops import keep_top_k, matmul
 from crossdict_jax.training import loop
 from crossdict_jax.training.ensemble import Ensemble, Objective, Stream, make_ensemble, stack
-from crossdict_jax.training.mesh import from_bits, on_own_rows, product_dtype, to_bits
+from crossdict_jax.training.mesh import (
+    DATA,
+    from_bits,
+    make_mesh,
+    on_own_rows,
+    product_dtype,
+    to_bits,
+)
 
 RARE = 0.01  # of the mean variance, added to each: keeps a rare input from dominating its row
 INITIAL_THRESHOLD = 1.0  # in standard units of a feature: near where training ends
@@ -71,7 +78,7 @@ class NetworkMap(Map):
         ``dtype`` is that of the products' inputs; None: float32.
         """
         base_a, base_b = self.baselines(tokens, len(f))
-        h = (f - base_a) / self.scale_a[...][None, :]
+        h = (jnp.asarray(f, jnp.float32) - base_a) / self.scale_a[...][None, :]
         keys = (None, None) if key is None else jax.random.split(key)
         for linear, norm, own_key in zip(("first", "second"), ("norm_1", "norm_2"), keys):
             h, norm = _linear(self.network[linear], h, dtype), self.network[norm]
@@ -118,7 +125,7 @@ class NetworkMap(Map):
                     f"{problem.label} ({type(dictionary).__name__}) fixes no number; use jumprelu."
                 )
             if config.batch_size > len(problem.train):
-                raise UserError(
+                raise TooFewRows(
                     f"map.batch_size={config.batch_size} is larger than the {len(problem.train)} "
                     f"training rows of {problem.label}; lower it or raise text.documents."
                 )
@@ -181,7 +188,7 @@ def select(head: str, z: jax.Array, *, k: int, threshold: jax.Array | None) -> j
     if head == "topk":
         return keep_top_k(z, k)
     f = jax.nn.relu(z)
-    return f if head == "relu" else jnp.where(z > threshold[None, :], f, 0.0)
+    return f if head == "relu" else jnp.where(z <= threshold[None, :], 0.0, f)
 
 
 def rectified(z: jax.Array) -> jax.Array:
@@ -340,8 +347,9 @@ def prepare(
             member |= {f"dictionary_{n}": modules.split(s.dictionary)[1] for n, s in sides.items()}
         fixed.append(member)
     n = min(len(validation[0]), VALIDATION_ROWS)
-    size = min(config.batch_size, n)
-    rows = np.linspace(0, len(validation[0]) - 1, n // size * size).astype(np.int64)
+    devices = make_mesh(members=len(problems)).shape[DATA]
+    size = max(min(config.batch_size, n) // devices, 1) * devices
+    rows = np.linspace(0, len(validation[0]) - 1, max(n // size, 1) * size).astype(np.int64)
     held_out = {
         "a": held([pairs.source for pairs in validation], codes, rows),
         "b": held([pairs.target for pairs in validation], codes, rows),

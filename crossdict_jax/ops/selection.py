@@ -122,7 +122,7 @@ def keep_top_k(z: jax.Array, k: int, *, over_rows: bool = False) -> jax.Array:
         return z
     fixed = jax.lax.stop_gradient(z)
     threshold = nth_largest(fixed, k * len(z)) if over_rows else kth_largest(fixed, k)[:, None]
-    return jnp.where(z >= threshold, z, 0.0)
+    return jnp.where(z < threshold, 0.0, z)  # NaN stays
 
 
 def entries_from(

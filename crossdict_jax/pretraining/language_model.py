@@ -16,6 +16,7 @@ from crossdict_jax.config import PretrainConfig
 from crossdict_jax.errors import UserError
 from crossdict_jax.models.run import Runner, token_losses
 from crossdict_jax.pretraining.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
+from crossdict_jax.training import checkpoint
 from crossdict_jax.training.ensemble import Ensemble, Objective
 from crossdict_jax.training.loop import Feed, epoch_order, train
 from crossdict_jax.training.mesh import DATA, make_mesh, product_dtype, put, shard
@@ -39,9 +40,10 @@ def train_language_model(config: PretrainConfig, directory: Path) -> dict:
     """
     from tokenizers import Tokenizer
 
+    objective = NextToken(config)  # whose shapes are checked before anything is written
     corpus, tokens, label = load_corpus(config.text), [], config.model_type
     file = directory / "tokenizer.json"
-    if not file.exists():
+    if not file.exists() or not checkpoint.latest_step(directory / "checkpoints"):
         directory.mkdir(parents=True, exist_ok=True)
         texts, nfc = (d.text for d in corpus.split("train")), label == "gpt_neox"
         trained = train_tokenizer(texts, vocab_size=config.vocab_size, nfc=nfc)
@@ -70,7 +72,7 @@ def train_language_model(config: PretrainConfig, directory: Path) -> dict:
         raise UserError(
             f"{len(held_out)} held-out tokens are fewer than one context of {config.context}."
         )
-    objective, mesh, fixed = NextToken(config), make_mesh(), {"id": np.zeros(1, np.int32)}
+    mesh, fixed = make_mesh(), {"id": np.zeros(1, np.int32)}
     (params,) = train(
         Ensemble(objective, _window_feed(config, fit, mesh, fixed), fixed, (label,), mesh),
         steps=config.steps,
@@ -78,7 +80,7 @@ def train_language_model(config: PretrainConfig, directory: Path) -> dict:
         directory=directory,
         checkpoint_every=config.checkpoint_every,
         title=f"train {label}",
-        meta=dataclasses.asdict(config),
+        meta=dataclasses.asdict(config) | {"corpus": corpus.provenance["sha256"]},
     )
     out = directory / "model"
     models.save(modules.merge(objective.graphdef, params), out, dtype=config.save_dtype)

@@ -53,7 +53,7 @@ def _score(line: dict, key: str, name: str) -> str:
 def _how_well(comparisons: list[Comparison]) -> str:
     picks = best_by_direction(comparisons, "r2")
     if not picks:
-        return "No map was fitted, so nothing is said about shared features."
+        return "No map was fitted, so nothing is said about maps."
     if len(picks) > 2:  # the two ends
         picks.sort(key=lambda pick: -pick[1]["r2"])
         picks = [picks[0], picks[-1]]
@@ -84,7 +84,7 @@ def _against_what(comparisons: list[Comparison]) -> str:
     none = f"none of the {n_maps} fitted maps beats"
     if token + mean == 0:
         return (
-            f"Negative result: {none} the mean of the target’s features, so this run shows no "
+            f"Negative result: {none} the mean of the target’s features, so they show no "
             "shared features."
         )
     rest = {"beat the mean only": mean, "do no better than the mean": n_maps - token - mean}

@@ -120,7 +120,7 @@ def dictionaries_section(run: Run) -> Iterator[Block]:
             "log10_frequency_histogram",
             "log10 of the firing frequency",
             "How often features fire on rows of training and test (log10 of the share). A hump far "
-            "left is nearly dead, one near 0 fires on almost every row.",
+            "left is nearly dead, one near 0 fires on almost every row. Dead ones are left out.",
         ),
         (
             "decoder_cosine_histogram",

@@ -129,7 +129,7 @@ def line_figure(
 def histogram_figure(histogram: dict, title: str, x: str) -> Figure:
     """Returns bars of a histogram of features {"edges": [n + 1], "counts": [n]}."""
     total = sum(histogram["counts"])
-    words = f"Histogram of the {x} of the {total:.0f} features of {title}."
+    words = f"Histogram of the {x} of {total:.0f} features of {title}."
     with drawing(words, width=2.6, height=1.7) as (axes, figure):
         axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=SERIES[1], alpha=0.7)
         axes.set(title=title, xlabel=x, ylabel="features")

@@ -111,9 +111,10 @@ def load_meta(directory: Path) -> dict:
 
 
 def load_params(directory: Path, abstract: Any) -> Any:
-    """Returns the parameters of the newest finished checkpoint, on the first device.
+    """Returns the parameters of the newest finished checkpoint, which go where other arrays are.
 
     ``abstract`` is a pytree with their shapes and dtypes.
     """
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return restore(directory, params=shapes_of(abstract, first))["params"]
+    params = restore(directory, params=shapes_of(abstract, first))["params"]
+    return jax.tree.map(lambda a: jax.numpy.asarray(np.asarray(a)), params)  # committed nowhere

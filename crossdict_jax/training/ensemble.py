@@ -87,7 +87,7 @@ class Ensemble:
       feed: gives batches {"rows": [members, batch, ...], "fixed": [members, ...] and, with
         validation, "validation": [members, ...]}.
       fixed: pytree of arrays stacked over members; ``fixed["id"]`` int [members] sets a member's
-        random keys, so that the others trained beside it change nothing.
+        random keys, whoever else is trained beside it.
       labels: of the members, in order.
     """
 
@@ -247,7 +247,7 @@ def make_ensemble(
         told = f" in {in_parts} parts" if in_parts > 1 else ""
         raise UserError(
             f"{setting}={batch_size}{told} cannot be shared by {n} devices; use a multiple of "
-            f"{n * in_parts}."
+            f"{n * in_parts}, or fewer devices."
         )
     distinct, members = sorted(set(seeds)), np.arange(len(seeds))[:, None]
     order_of = np.asarray([distinct.index(seed) for seed in seeds])

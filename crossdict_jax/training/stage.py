@@ -153,9 +153,10 @@ def input_digests(
 
 def outdated(work: Workdir) -> Iterator[str]:
     """Yields a sentence for every stage whose results are of checkpoints that were made again."""
-    for stamp in sorted(work.results.glob("*.inputs.json")):
+    for stamp in sorted(work.results.rglob("*.inputs.json")):
+        stage = stamp.relative_to(work.results).as_posix().removesuffix(".inputs.json")
         for name, seal in read_json(stamp).items():
-            folder, stage = work.root / name, stamp.name.removesuffix(".inputs.json")
+            folder = work.root / name
             step = checkpoint.latest_step(folder)
             if step is not None and file_digest(folder / f"{step}.sha256.json") != seal:
                 yield f"The results of {stage} are older than {name}; run its command again."

@@ -36,7 +36,7 @@ class Gated(Dictionary):
 
     def activate(self, z: jax.Array) -> jax.Array:
         magnitude = (z - self.b_enc[...][None, :]) * jnp.exp(self.r_mag[...])[None, :]
-        return jnp.where(z > 0, jax.nn.relu(magnitude + self.b_mag[...][None, :]), 0.0)
+        return jnp.where(z <= 0, 0.0, jax.nn.relu(magnitude + self.b_mag[...][None, :]))
 
     def losses(self, x, hyper, y=None):
         u_in, u = self.scaled_pair(x, y)

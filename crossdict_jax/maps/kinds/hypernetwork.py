@@ -46,7 +46,8 @@ class Hypernetwork(Map):
     fits_together = True
 
     def __call__(self, inputs, *, tokens=None):
-        return _apply(inputs - self.mean_a[...][None, :], self.U[...], self.V[...], self.bias[...])
+        f = jnp.asarray(inputs, jnp.float32) - self.mean_a[...][None, :]
+        return _apply(f, self.U[...], self.V[...], self.bias[...])
 
     @classmethod
     def fit(cls, problems, config, *, directory, **training) -> list[Fitted]:

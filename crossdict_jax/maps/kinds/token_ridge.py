@@ -34,7 +34,7 @@ class TokenRidge(ActivationMap):
     chosen = ("pseudocount", "penalty")
 
     def activation(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
-        left = inputs.astype(jnp.float32) - look_up(self.table_a, tokens, len(inputs))
+        left = jnp.asarray(inputs, jnp.float32) - look_up(self.table_a, tokens, len(inputs))
         return look_up(self.table_b, tokens, len(inputs)) + exact(left, self.W[...])
 
     @classmethod

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from crossdict_jax import maps, results, stats
@@ -17,7 +18,7 @@ from crossdict_jax.config import (
     layer_pairs,
     refuse_transcoders,
 )
-from crossdict_jax.errors import UserError
+from crossdict_jax.errors import TooFewRows, UserError
 from crossdict_jax.maps import Map, Pairs, Problem, Task
 from crossdict_jax.maps.base import map_class
 from crossdict_jax.maps.fit import Loader, with_own_codes
@@ -150,17 +151,19 @@ def _few_rows(
     n, task, problem = len(rows), question.task, question.problem
     train = problem.train.take(np.sort(rows))
     few = Problem(f"{problem.label} on {n} rows", train, problem.validation)
-    settings = replace(config.map, batch_size=min(config.map.batch_size, n))
+    devices = jax.device_count()
+    largest = max(n // devices, 1) * devices  # batch
+    settings = replace(config.map, batch_size=min(config.map.batch_size, largest))
     directory = folder / f"{task.source}-to-{task.target}" / f"{kind}-{n}"
     asked = {"seed": config.seed, "directory": directory}
     try:
         if map_class(kind).through_joint:
             joint = crosscoder_settings(config)
-            joint = replace(joint, batch_size=min(joint.batch_size, n))
+            joint = replace(joint, batch_size=min(joint.batch_size, largest))
             (few,) = with_own_codes([few], joint, **asked)
         (fitted,) = map_class(kind).fit([few], settings, **asked)
-    except UserError:
-        if n == len(problem.train):  # not for too few rows
+    except TooFewRows:
+        if n == len(problem.train):
             raise
         return []
     return question.score(fitted.map, kind, n, ALL, HIDDEN)

@@ -29,7 +29,7 @@ from crossdict_jax.studies.steering import (
 from crossdict_jax.studies.steering.prompts import new_tokens, read_prompts
 from crossdict_jax.studies.steering.source_feature import Feature, Source, choose
 from crossdict_jax.training.stage import digest, timed
-from crossdict_jax.workdir import Workdir, check_space
+from crossdict_jax.workdir import Workdir, check_space, write_json
 
 FOLDER = "steering"  # of results/
 SHOWN = 3  # strongest contexts of the feature
@@ -89,6 +89,7 @@ def steer(config: Config, work: Workdir) -> str:
         asked = digest([asdict(settings), seed])[:8]
         name = f"{ends}-{feature.id}-{settings.map}-{asked}"
         results.write(work, f"{FOLDER}/{name}.jsonl", rows)
+        write_json(work.result(f"{FOLDER}/{name}.inputs.json"), finished.inputs(group.tasks))
         figures["tokens"] = tokens.size
     return name
 
