@@ -24,13 +24,10 @@ SITE = Site(2)
 SKIP = ExtractConfig(nonfinite="skip")
 
 
-def shards(directory, x, model="a"):
-    """Writes rows x [2 n, d] as two shards."""
+def look(settings, directory, x):
+    """What is masked of rows x [40, d], which are written as two shards."""
     for i, part in enumerate(np.split(x.astype(ml_dtypes.bfloat16), 2)):
-        save_shard(directory, shard_name(model, str(SITE), i), part)
-
-
-def look(settings, directory):
+        save_shard(directory, shard_name("a", str(SITE), i), part)
     each = np.arange(40, dtype=np.int32)
     split, keep = (each >= 20).astype(np.int8), np.ones(40, bool)
     rows = Rows(each // 10, each, 7 * each, each[:, None], each[:, None], split, keep)
@@ -42,18 +39,16 @@ def look(settings, directory):
 def test_the_first_row_that_is_not_finite_is_named(bad, tmp_path):
     x = np.random.default_rng(0).normal(size=(40, 5))
     x[23, 1] = x[31, 0] = bad
-    shards(tmp_path, x)
     words = r"a resid_pre\.2: row 23 \(document three, byte 161\) holds NaN or infinity, the first "
     words += r"of 2 such rows of 40; extract\.nonfinite=skip leaves them out"
-    refused(words, look, ExtractConfig(), tmp_path)
+    refused(words, look, ExtractConfig(), tmp_path, x)
 
 
 def test_skipped_rows_are_left_out_and_counted_and_hide_no_outlier(tmp_path):
     x = np.random.default_rng(0).normal(size=(40, 5))
     x[3] *= 1000
     x[[4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 25]] = np.nan
-    shards(tmp_path, x)
-    keep, counts = look(SKIP, tmp_path)
+    keep, counts = look(SKIP, tmp_path, x)
     assert np.flatnonzero(~keep).tolist() == [*range(3, 15), 25]
     expected = {"norm_outliers": 1, "norm_outliers_by_site": {"a resid_pre.2": 1}}
     assert counts == expected | {"nonfinite": 12, "nonfinite_by_site": {"a resid_pre.2": 12}}
@@ -62,22 +57,21 @@ def test_skipped_rows_are_left_out_and_counted_and_hide_no_outlier(tmp_path):
 def test_how_many_rows_are_looked_at_at_a_time_changes_nothing(tmp_path, monkeypatch):
     x = np.random.default_rng(0).normal(size=(40, 5)) * np.arange(40)[:, None] ** 2
     x[[4, 33]] = np.nan
-    shards(tmp_path, x)
     settings = ExtractConfig(nonfinite="skip", norm_mask=1.5)
-    keep, counts = look(settings, tmp_path)
+    keep, counts = look(settings, tmp_path, x)
     norms = np.linalg.norm(x.astype(ml_dtypes.bfloat16).astype(np.float32), axis=1)
     high = norms > 1.5 * np.nanmedian(norms[:20])
     assert keep.tolist() == (~high & ~np.isnan(norms)).tolist()
     assert counts["norm_outliers"] == high.sum() > 10 and counts["nonfinite"] == 2
     monkeypatch.setattr(stage, "BLOCK", 3)
-    of_parts = look(settings, tmp_path)
+    of_parts = look(settings, tmp_path, x)
     assert of_parts[1] == counts and (of_parts[0] == keep).all()
-    refused(r"row 4 .* the first of 2 such rows of 40", look, ExtractConfig(), tmp_path)
+    refused(r"row 4 .* the first of 2 such rows of 40", look, ExtractConfig(), tmp_path, x)
 
 
 def test_a_site_without_a_finite_training_row_is_refused(tmp_path):
-    shards(tmp_path, np.concatenate([np.full((20, 5), np.nan), np.ones((20, 5))]))
-    refused(r"a resid_pre\.2: no training row is finite", look, SKIP, tmp_path)
+    x = np.concatenate([np.full((20, 5), np.nan), np.ones((20, 5))])
+    refused(r"a resid_pre\.2: no training row is finite", look, SKIP, tmp_path, x)
 
 
 def test_a_model_that_gives_nan_after_a_rare_token(tmp_path):

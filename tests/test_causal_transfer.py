@@ -151,8 +151,7 @@ def lm():
 def held(lm, site, **settings):
     text, first, position, end = AT.T
     passages = Passages(TEXTS, text, position, first=first, end=end)
-    model = ModelAtSite(Runner(lm, batch_size=2), site, passages)
-    return model.hold(size=8, **settings)
+    return ModelAtSite(Runner(lm, batch_size=2), site, passages).hold(size=8, **settings)
 
 
 @functools.cache
@@ -252,8 +251,7 @@ def test_tokens_are_translated_by_their_bytes():
     first = {" zebra": 0, "qq": 4}.get
     found = Translation(a, b, frozenset({4}), frozenset({6}), first_token=first)
     assert [found.to_b(i) for i in range(8)] == [None, 1, 2, 0, None, None, None, None]
-    without = Translation(a, b)
-    assert without.to_b(3) == 3  # the longest that it begins with
+    assert Translation(a, b).to_b(3) == 3  # the longest that it begins with
     again = Translation((b"s", b"!"), (b"s", b"!", b"s"), fallback_b=frozenset({0, 1}))
     assert [again.to_b(i) for i in range(2)] == [2, 1]  # a byte is what is written
     assert found.has_text.tolist() == [False, True, True, True, False, True, True]

@@ -40,8 +40,10 @@ def begun(tmp_path_factory):
     return changed(config, controls=BOTH, **few), work
 
 
-def run_controls(config: Config, work: Workdir) -> None:
-    """What the commands do for controls, up to the evaluation; networks are not trained."""
+@pytest.fixture(scope="module")
+def finished(begun, tmp_path_factory):
+    """After all that the commands do for controls, but that networks are not trained."""
+    config, work = copied(begun, tmp_path_factory.mktemp("finished"))
     store = open_store(work.activations)
     controls = extract_untrained(config, work, store)
     train.train_dictionaries(config, store, work, controls)
@@ -51,14 +53,8 @@ def run_controls(config: Config, work: Workdir) -> None:
             folder = loader.ends(task)[1][2]
             maps.save(tiny_run.network(folder), task.path(work), dictionary=folder)
     fit_controls(config, store, work)
-
-
-@pytest.fixture(scope="module")
-def finished(begun, tmp_path_factory):
-    config, copy = copied(begun, tmp_path_factory.mktemp("finished"))
-    run_controls(config, copy)
-    evaluate(config, copy)
-    return config, copy
+    evaluate(config, work)
+    return config, work
 
 
 @pytest.fixture
@@ -221,8 +217,7 @@ def test_a_run_with_two_seeds_needs_no_other_second_dictionary(finished):
     controls = open_store(work.controls.activations)
 
     def named(config):
-        members = train.control_members(config, controls)
-        return [f"{m.model} {m.site} {m.name}" for m in members]
+        return [f"{m.model} {m.site} {m.name}" for m in train.control_members(config, controls)]
 
     untrained = [f"{m}-untrained {SITE} seed-0" for m in "ab"]
     assert named(config) == [f"{m} {SITE} seed-1" for m in "ab"] + untrained

@@ -193,7 +193,11 @@ def planted(*, token_share, context_share, n=1500, width=12, documents=30):
     return (by_token + context).astype(np.float32), by_token, context, token
 
 
-def scored(predicted, target, means=None):
+def scored(predicted, target, token=None):
+    """With the gain of context where tokens are given."""
+    means = None
+    if token is not None:
+        means = TokenMeans(token[1000:], table(target, token), table(predicted, token))
     train_mean = target[:1000].mean(0)
     how = {"documents": np.arange(500) // 20, "pool": 100, "bootstrap": 60, "seed": 0}
     held_out = hold_out(target[1000:], train_mean=train_mean, **how)
@@ -219,26 +223,21 @@ def test_the_verdict_needs_more_than_the_token():
 def test_where_the_token_determines_the_target_there_is_no_context_to_gain():
     target, by_token, _, token = planted(token_share=1.0, context_share=0.0)
     for predicted in (by_token, by_token + np.random.default_rng(1).random(target.shape)):
-        means = TokenMeans(token[1000:], table(target, token), table(predicted, token))
-        found = scored(predicted, target, means)
+        found = scored(predicted, target, token)
         assert found.estimates["context_gain"] is found.row()["context_gain"] is None
 
 
 def test_context_gain_sees_what_is_shared_beyond_the_token():
     """A map of the context alone loses to the token table and still gains all of the context."""
     target, by_token, context, token = planted(token_share=1.0, context_share=0.3)
-
-    def gain(predicted):
-        means = TokenMeans(token[1000:], table(target, token), table(predicted, token))
-        return scored(predicted, target, means)
-
-    tokens = gain(table(target, token)[token])
-    context_only = gain(context + by_token.mean(0))
+    tokens = scored(table(target, token)[token], target, token)
+    context_only = scored(context + by_token.mean(0), target, token)
     assert context_only.estimates["r2"].value < tokens.estimates["r2"].value
     assert context_only.estimates["context_gain"].value > 0.95
     assert tokens.estimates["context_gain"].value == pytest.approx(0, abs=1e-6)
     noise = np.random.default_rng(1).random(target.shape) * 0.3
-    assert gain(by_token + noise).estimates["context_gain"].value < 0
+    noisy = scored(by_token + noise, target, token)
+    assert noisy.estimates["context_gain"].value < 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Exchange: folders of SAELens, sparsify and Gemma Scope mean here what they mean there."""
 
+import functools
 import itertools
 import json
 import re
@@ -195,8 +196,7 @@ def test_loss_gradients_and_a_step_of_adam_are_those_of_the_real_library(name, m
     graphdef, params = modules.split(base.from_arrays(kind, arrays_of(step, "w_")))
 
     def loss_of(params):
-        dictionary = modules.merge(graphdef, params)
-        return dictionary.losses(step["x"], hyper)[0]
+        return modules.merge(graphdef, params).losses(step["x"], hyper)[0]
 
     loss, grads = jax.jit(jax.value_and_grad(loss_of))(params)
     np.testing.assert_allclose(loss, step["loss"], rtol=1e-5)
@@ -231,6 +231,11 @@ def test_an_export_means_there_what_it_means_here(architecture, tmp_path):
     assert config["apply_b_dec_to_input"] is True and config["dtype"] == "float32"
     assert config["metadata"].items() >= HOOK.items()
     assert int(config["metadata"]["sae_lens_version"].split(".")[0]) >= 6
+    dictionaries.save(d, tmp_path / "ours")
+    export = functools.partial(dictionaries.save_saelens, d, **HOOK)
+    tiny_run.refused("ours holds a checkpoint", export, tmp_path / "ours")
+    d.b_dec[...] = d.b_dec[...].at[1].set(jnp.nan)
+    tiny_run.refused("b_dec of the dictionary holds NaN", export, tmp_path / "d")
 
 
 NORMED = {"architecture": "standard", "normalize_activations": "layer_norm"}

@@ -36,8 +36,7 @@ def test_a_bound_is_kept_or_missed():
 
 
 def execute(arguments):
-    given = ["verify", *arguments]
-    return command.execute(script.main, given, kind=VerifyConfig, default="verify")
+    return command.execute(script.main, ["verify", *arguments], kind=VerifyConfig, default="verify")
 
 
 @pytest.fixture

@@ -59,12 +59,8 @@ def test_the_cache_changes_nothing(family):
     assert (found != plain).any(axis=1).sum() >= 4
 
 
-@pytest.fixture(scope="module")
-def lm():
-    return models.init(FAMILIES["gpt2"], seed=2)
-
-
-def test_a_text_depends_on_its_own_row_alone(lm):
+def test_a_text_depends_on_its_own_row_alone():
+    lm = models.init(FAMILIES["gpt2"], seed=2)
     s, drawn = starts(lm.config.d_model), {"temperature": 1.0, "top_p": 0.9, "seed": 3}
     together, alone = (Runner(lm, batch_size=size) for size in (8, 1))
 

@@ -23,9 +23,8 @@ NOT_REQUIRED = {"torch", "tensorboardX", "tensorboard", "wandb"}  # used where s
 NOT_REQUIRED |= {"setuptools"}  # of pip
 NOT_REQUIRED |= {"sae_lens", "sparsify", "dictionary_learning"}  # in environments of their own
 
-SOURCES = sorted(
-    p for d in ("crossdict_jax", "launch", "configs") for p in (ROOT / d).rglob("*.py")
-)
+PACKAGES = ("crossdict_jax", "launch", "configs")
+SOURCES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 
 
@@ -120,7 +119,7 @@ def test_requirements_are_what_is_imported(trees):
     required = set(re.findall(r"^([A-Za-z0-9_-]+)", text, re.MULTILINE))
     everything = [*trees.values(), *(ast.parse(path.read_text()) for path in TESTS)]
     used = {name.split(".")[0] for tree in everything for name in imports(tree)}
-    used -= set(sys.stdlib_module_names) | {"crossdict_jax", "launch", "configs"} | NOT_REQUIRED
+    used -= set(sys.stdlib_module_names) | set(PACKAGES) | NOT_REQUIRED
     used -= {path.stem for path in (*TESTS, *SOURCES)} - DISTRIBUTIONS.keys()
     assert {DISTRIBUTIONS.get(name, name) for name in used} == required - TOOLS
 
@@ -129,7 +128,7 @@ def test_an_installation_holds_every_file():
     setuptools = pytest.importorskip("setuptools")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packages = setuptools.find_namespace_packages(str(ROOT), **project["packages"]["find"])
-    files = [p for d in ("crossdict_jax", "launch", "configs") for p in (ROOT / d).rglob("*.*")]
+    files = [p for name in PACKAGES for p in (ROOT / name).rglob("*.*")]
     folders = {".".join(path.relative_to(ROOT).parent.parts) for path in files}
     assert {f for f in folders if not f.endswith("__pycache__")} <= set(packages)
     assert project["package-data"] == {"*": ["*"]}

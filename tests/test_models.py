@@ -137,8 +137,7 @@ def test_a_text_read_in_pieces_is_the_text_read_at_once(variant):
     assert relative_error(whole, golden["logits"]) < 1e-5
     length = np.arange(batch, dtype=np.int32) % (seq - 3) + 1
     rest = np.stack([row[n : n + 3] for row, n in zip(tokens, length)])
-    past = models.Past(layers, jnp.asarray(length))
-    logits, new = lm.extend(rest, past)
+    logits, new = lm.extend(rest, models.Past(layers, jnp.asarray(length)))
     expected = np.stack([row[n : n + 3] for row, n in zip(np.asarray(whole), length)])
     assert relative_error(logits, expected) < 1e-5
     for layer, (key, _) in new.items():
@@ -251,8 +250,7 @@ def test_hub_ids_come_from_the_local_cache(tmp_path, monkeypatch):
 
 
 def test_new_models_and_tokenizers_are_saved_and_loaded(tmp_path):
-    vocabulary = {"a": 0, "b": 1, "?": 2}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     lm = models.init(NARROW_LLAMA)
     models.save(lm, tmp_path, tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer))

@@ -1,7 +1,6 @@
 """The trained maps: heads, gradients of every loss, sparse targets, early stopping, tokens."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,18 +31,6 @@ def sparse():
     tokens = rng.integers(0, 15, N)
     both = identity_dictionary(24), identity_dictionary(20, kind="topk", k=K)
     return map_problems.make_problem(f_a, x_b, tokens=tokens, dictionaries_ab=both)
-
-
-@pytest.fixture(scope="module")
-def fitted(sparse, tmp_path_factory):
-    """head -> the mlp with that head, trained once."""
-
-    @functools.cache
-    def with_head(head):
-        config = dataclasses.replace(CONFIG, head=head, dropout=0.0, steps=300)
-        return fit_one("mlp", sparse[0], tmp_path_factory.mktemp(head), config)
-
-    return with_head
 
 
 def untrained(problem, cls=mlp.MLP, head="relu"):
@@ -142,9 +129,10 @@ def test_dropout_drops_in_training_only(sparse):
 
 
 @pytest.mark.parametrize("head", ["topk", "jumprelu"])
-def test_heads_reach_the_targets_l0_and_beat_ridge(head, sparse, fitted, tmp_path):
+def test_heads_reach_the_targets_l0_and_beat_ridge(head, sparse, tmp_path):
     problem, test = sparse
-    m = fitted(head).map
+    config = dataclasses.replace(CONFIG, head=head, dropout=0.0, steps=300)
+    m = fit_one("mlp", problem, tmp_path, config).map
     active = (maps.predict(m, test) > 0).sum(1).mean()
     target = (encode_rows(test.target.dictionary, test.target.x) > 0).sum(1).mean()
     assert active == pytest.approx(target, rel=0.1)

@@ -186,6 +186,7 @@ def test_truncation_padding_and_bos_of_a_tokenizer_are_left_out():
     ids = tokenizer.encode("the", add_special_tokens=False).ids
     assert pairing.byte_ends("the", tokenizer).ids.tolist() == ids
     refused("not a fast tokenizer", pairing.byte_ends, "text", object())
+    refused("has half a character", pairing.byte_ends, "\ud800", object())
 
 
 @pytest.mark.parametrize(

@@ -194,10 +194,8 @@ def test_every_transfer_row_is_shown_with_its_null_beside_it(run, page):
         assert number(row["cosine_mean_predictor"]) in cells[4]
         assert words.get(row["map"], "") in cells[0]
     stitched = next(t for caption, t in page.tables.items() if caption.startswith("Loss recovered"))
-    lines = [
-        line for s in stitchings(read_run(run).rows["causal"]) for line in (*s.lines, *s.references)
-    ]
-    assert len(stitched) == 1 + len(lines)
+    groups = stitchings(read_run(run).rows["causal"])
+    assert len(stitched) == 1 + sum(len(group.lines) + len(group.references) for group in groups)
     assert len(page.tables["Every dictionary on held-out text"]) == 1 + 6
 
 
@@ -301,10 +299,9 @@ def test_markup_is_shown_as_text(tmp_path):
     path = write_report(config, work, sections=[("<title>", "<p>its own html</p>")])
     page = Page(path.read_text(encoding="utf-8"))
     assert not page.tags & {"b", "i", "script", "u", "img", "em"}
-    for shown in ('What do a<b>&"c and $x_1$ --> share?', script, "· <i>run", "<em>text"):
-        assert shown in page.text
-    for shown in ("<u>«<img src=x>»</u>", "<title>", "its own html"):
-        assert shown in page.text
+    shown = ['What do a<b>&"c and $x_1$ --> share?', script, "· <i>run", "<em>text"]
+    for words in (*shown, "<u>«<img src=x>»</u>", "<title>", "its own html"):
+        assert words in page.text
 
 
 @pytest.mark.parametrize(

@@ -46,5 +46,4 @@ def test_every_column_has_one_meaning(file):
 
 
 def test_the_page_is_up_to_date():
-    page = (ROOT / "crossdict_jax/docs/results.md").read_text(encoding="utf-8")
-    assert page == results.page()
+    assert (ROOT / "crossdict_jax/docs/results.md").read_text(encoding="utf-8") == results.page()

@@ -6,17 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_run
+from tiny_run import refused, shared
 
 from crossdict_jax import models, stats
 from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site, run
 from crossdict_jax.models.base import LayerNorm
 from crossdict_jax.models.run import Passages, Runner
 
-tiny = tiny_run.shared
+tiny = shared
 call = run.run_model
 SHAPE = {"model_type": "gpt2", "vocab_size": 40, "n_embd": 8, "n_layer": 3, "n_head": 2}
 SHAPE |= {"n_positions": 16, "initializer_range": 0.3}
@@ -41,8 +40,8 @@ def passages():
 def test_logits_that_overflow_are_refused(passages):
     lm = models.init(SHAPE, seed=0)
     lm.final_norm.scale[...] *= 1e38
-    with pytest.raises(UserError, match="logits of gpt2 overflow"):
-        Runner(lm, batch_size=2).splice(passages, Site(1), {})
+    splice = Runner(lm, batch_size=2).splice
+    refused("logits of gpt2 overflow", splice, passages, Site(1), {})
 
 
 @pytest.fixture(scope="module")

@@ -57,11 +57,6 @@ def matched(run):
     return run.matched()
 
 
-@pytest.fixture(scope="module")
-def similar(run, matched):
-    return run.similar(matched["matches.jsonl"])
-
-
 def test_every_pair_of_dictionaries_has_its_funnel(matched, run):
     rows = matched["matching.jsonl"]
     assert [row["pairing"] for row in rows] == ["aligned", "shuffled"]
@@ -126,7 +121,8 @@ def test_a_pair_of_dictionaries_is_compared_once(run):
     assert pairs == [("a", "b", 0), ("a", "b", 1), ("a", "c", 0), ("a", "c", 1), ("b", "c", 1)]
 
 
-def test_every_layer_is_compared_with_every_other(similar, run, matched):
+def test_every_layer_is_compared_with_every_other(run, matched):
+    similar = run.similar(matched["matches.jsonl"])
     rows = [row for row in similar if row["kind"] == "layers"]
     sites = ["resid_pre.0", "resid_pre.1"]
     ends = [(row["site_source"], row["site_target"]) for row in rows]

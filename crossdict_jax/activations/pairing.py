@@ -154,6 +154,8 @@ def byte_ends(text: str, tokenizer) -> TokenEnds:
     Raises:
       UserError: the tokenizer drops or changes characters of this text.
     """
+    if text.encode(errors="ignore").decode() != text:
+        raise UserError(f"{text[:40]!a} has half a character; mend that text.")
     (tokens,) = byte_ends_batch([text], tokenizer)
     if tokens.ends is None:
         raise UserError(

@@ -381,7 +381,7 @@ def check_tokens(config: ModelConfig, tokens, name: str) -> jax.Array:
                 f"Token id {low if low < 0 else high} is outside {name} (vocabulary of "
                 f"{config.vocab_size}: 0-{config.vocab_size - 1}); is this its own tokenizer?"
             )
-    return jnp.asarray(tokens)
+    return jnp.asarray(tokens, jnp.int32)
 
 
 def rounded(params: Params, dtype: jnp.dtype) -> Params:

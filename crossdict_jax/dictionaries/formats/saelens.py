@@ -9,7 +9,13 @@ import numpy as np
 
 from crossdict_jax import modules
 from crossdict_jax.config import architectures
-from crossdict_jax.dictionaries.base import Dictionary, architecture_of, find, from_arrays
+from crossdict_jax.dictionaries.base import (
+    Dictionary,
+    architecture_of,
+    find,
+    from_arrays,
+    is_finite,
+)
 from crossdict_jax.dictionaries.folders import (
     Arrays,
     centred,
@@ -22,6 +28,7 @@ from crossdict_jax.dictionaries.folders import (
 )
 from crossdict_jax.dictionaries.wrapped import AbsTopK, ConstantNormed, LayerNormed, Skip, around
 from crossdict_jax.errors import UserError
+from crossdict_jax.training.checkpoint import latest_step
 from crossdict_jax.workdir import check_space, read_object, read_tensors, say, write_json
 
 TOOL, CONFIG, WEIGHTS = "SAELens", "cfg.json", "sae_weights.safetensors"
@@ -226,8 +233,9 @@ def save(
     if not (theirs := forms[name]):
         able = ", ".join(a for a, form in forms.items() if form)
         raise UserError(f"A {name} {kind} has no SAELens form; {able} have one.")
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; name a folder, new or of an earlier export.")
+    if folder.is_file() or latest_step(folder) is not None:
+        wrong = "is a file" if folder.is_file() else "holds a checkpoint"
+        raise UserError(f"{folder} {wrong}; name a folder, new or of an earlier export.")
     config = {
         "architecture": theirs,
         "d_in": dictionary.d_model,
@@ -260,6 +268,8 @@ def save(
     if theirs == "gated":
         arrays["b_gate"] = arrays.pop("b_enc")
     arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
+    if bad := [name for name, array in arrays.items() if not is_finite(name, array)]:
+        raise UserError(f"{bad[0]} of the dictionary holds NaN or infinity; train it again.")
     # The config last: a folder without one was never finished.
     for file in (CONFIG, SCALER):
         (folder / file).unlink(missing_ok=True)
