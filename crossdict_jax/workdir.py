@@ -41,6 +41,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+say_once = functools.cache(say)  # what several stages would say again
 RESERVED = ("shards", "training")  # folders beside those of models
 
 

@@ -1,5 +1,6 @@
 """Conversion and the hub: what goes out means what came in, and mistakes are told in one line."""
 
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,6 +61,9 @@ def test_a_run_is_converted_whole_and_names_its_hooks(tiny, tmp_path):
         assert Path(about["model_name"]).name == folder.parents[1].name
         own = base.load(work.root / folder.relative_to(tmp_path))
         same_features(own, dictionaries.load(folder))
+    run = shutil.copytree(work.root, tmp_path / "run")
+    next((run / "dictionaries").glob("*/*/seed-0/*.sha256.json")).unlink()  # as after a kill
+    refused("holds no finished", convert, ConvertConfig(source=str(run)), Workdir(tmp_path / "c"))
 
 
 @pytest.mark.parametrize(

@@ -210,8 +210,9 @@ def test_rows_too_many_for_one_device_are_held_in_parts(monkeypatch):
 
 
 @pytest.mark.mesh
-def test_a_batch_that_devices_cannot_share_is_refused():
-    refused(r"sae.batch_size=26 cannot be shared by 4 devices; use", small, batch_size=26)
+def test_a_batch_is_shared_by_as_many_devices_as_divide_it(capfd):
+    assert dict(small(batch_size=26).mesh.shape) == {"member": 2, "data": 2}
+    assert "sae.batch_size=26 is trained on 4 of 8 devices" in capfd.readouterr().out
 
 
 class Walk(Objective):

@@ -1,9 +1,11 @@
 """Gates pass at a small size, miss when what they watch is broken, and the command says so."""
 
 import dataclasses
+import errno
 import importlib
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -52,7 +54,7 @@ def gates(monkeypatch):
     monkeypatch.setattr(GATES["G3"], "gate", broken)
 
 
-def test_all_gates_passing_is_success(gates, tmp_path, capsys):
+def test_all_gates_passing_is_success(gates, tmp_path, capsys, monkeypatch):
     assert execute(["--config.gates=G1", "--seed=7", f"--workdir={tmp_path}/run"]) == 0
     assert "a model against itself" in capsys.readouterr().out
     row = json.loads((tmp_path / "run/results/verify.json").read_text())
@@ -62,6 +64,9 @@ def test_all_gates_passing_is_success(gates, tmp_path, capsys):
     assert timing["verify"].keys() == {"wall_s", "G1"}
     assert execute(["--config.gates=G1,G77", f"--workdir={tmp_path}/other"]) == 2
     assert "G77" in capsys.readouterr().err
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(GATES["G1"], "gate", full)  # says nothing about the gate
+    assert execute(["--config.gates=G1", f"--workdir={tmp_path}/full"]) == 2
 
 
 @pytest.mark.parametrize("missing", ["G1,G2", "G3,G1", "G1,G4"])

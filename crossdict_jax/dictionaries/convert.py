@@ -39,7 +39,8 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
             )
         folders = sorted((root / "dictionaries").glob("*/*/seed-*"))
         paths = dict(zip(model_names(models), models))
-        for folder in filter(checkpoint.is_finished, folders):
+        for folder in folders:
+            checkpoint.finished_step(folder)  # or it says so: none is left out
             model, site, seed = folder.parts[-3:]
             if model not in paths:
                 raise UserError(

@@ -76,8 +76,7 @@ def fit_crosscoders(
     Those of equal shapes are one ensemble, with checkpoints and metrics in ``directory/N``.
 
     Raises:
-      UserError: a batch is larger than the rows or does not divide over the devices, or a loss
-        is not finite.
+      UserError: a batch is larger than the rows, or a loss is not finite.
     """
     groups: dict[tuple, list[Rows]] = {}
     for member in rows:

@@ -346,7 +346,7 @@ def with_products(
     Raises:
       UserError: the machine cannot take the products that are asked for.
     """
-    asked, mesh = settings.products, make_mesh(members=members)
+    asked, mesh = settings.products, make_mesh(members=members, batch=rows)
     if asked in ("lists", "kernels") and mesh.shape[DATA] > 1:
         raise UserError(
             f"sae.products={asked} is for one device to a dictionary; use auto or dense."

@@ -110,8 +110,8 @@ class NetworkMap(Map):
         Without mse a jumprelu head is trained as relu.
 
         Raises:
-          UserError: a batch is larger than the training rows or does not divide over the devices,
-            or a setting does not fit a target's dictionary.
+          UserError: a batch is larger than the training rows, or a setting does not fit a target's
+            dictionary.
         """
         if config.head == "jumprelu" and not config.loss_weights.mse:
             config = dataclasses.replace(config, head="relu")  # without a scale no threshold fits
@@ -327,11 +327,7 @@ def shapes(problem: Problem) -> tuple:
 def prepare(
     cls: type[Map], problems: Sequence[Problem], config: MapConfig, *, seed: int
 ) -> tuple[Ensemble, list[tuple[modules.Params, dict]]]:
-    """Returns the ensemble of problems of equal shapes, and ``cls.measure`` of each.
-
-    Raises:
-      UserError: a batch does not divide over the devices.
-    """
+    """Returns the ensemble of problems of equal shapes, and ``cls.measure`` of each."""
     measured = [cls.measure(problem) for problem in problems]
     values = cls.alike([values for values, _ in measured])
     train, validation = ([getattr(p, n) for p in problems] for n in ("train", "validation"))
@@ -347,7 +343,7 @@ def prepare(
             member |= {f"dictionary_{n}": modules.split(s.dictionary)[1] for n, s in sides.items()}
         fixed.append(member)
     n = min(len(validation[0]), VALIDATION_ROWS)
-    devices = make_mesh(members=len(problems)).shape[DATA]
+    devices = make_mesh(members=len(problems), batch=config.batch_size).shape[DATA]
     size = max(min(config.batch_size, n) // devices, 1) * devices
     rows = np.linspace(0, len(validation[0]) - 1, max(n // size, 1) * size).astype(np.int64)
     held_out = {

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from crossdict_jax.errors import UserError
 from crossdict_jax.training.loop import Feed, PyTree, epoch_order
 from crossdict_jax.training.mesh import (
     DATA,
@@ -28,6 +27,7 @@ from crossdict_jax.training.mesh import (
     shard,
     to_bits,
 )
+from crossdict_jax.workdir import say_once
 
 ROWS_SHARE = 0.5  # of a device's memory; more rows than that stay on the host
 WINDOW = 2**17  # rows on the host that are shuffled together, of 2,048 blocks: 32 batches of 4,096
@@ -233,22 +233,16 @@ def make_ensemble(
     Args:
       fixed: stacked over members; see ``Ensemble``. In every batch, as is ``validation``.
       seeds: per member, of its order of rows.
-      setting: the name of the batch size's setting, for error messages.
+      setting: the name of the batch size's setting, for messages.
       resident: whether rows stay on the devices; False: the host sends a chunk's batches at a
         time, shuffled in blocks (``epoch_order``); None: on the devices if they fit beside the
         training, all of them on each or else in parts.
-
-    Raises:
-      UserError: the batch does not divide over the devices.
     """
-    mesh = make_mesh(members=len(labels))
-    n, in_parts = mesh.shape[DATA], objective.parts
-    if batch_size % (n * in_parts):
-        told = f" in {in_parts} parts" if in_parts > 1 else ""
-        raise UserError(
-            f"{setting}={batch_size}{told} cannot be shared by {n} devices; use a multiple of "
-            f"{n * in_parts}, or fewer devices."
-        )
+    mesh = make_mesh(members=len(labels), batch=batch_size // objective.parts)
+    n, devices = mesh.shape[DATA], len(all_devices())
+    if mesh.size < devices:
+        used = f"{mesh.size} of {devices} devices, the most that can share it evenly"
+        say_once(f"{setting}={batch_size} is trained on {used}")
     distinct, members = sorted(set(seeds)), np.arange(len(seeds))[:, None]
     order_of = np.asarray([distinct.index(seed) for seed in seeds])
     held_as = {id(stream.rows): name for name, stream in streams.items()}

@@ -71,16 +71,17 @@ def compiler_options() -> dict[str, bool]:
     return options if fast else {}
 
 
-def make_mesh(*, members: int = 1, devices: list | None = None) -> Mesh:
-    """Returns a (member, data) mesh over all devices.
+def make_mesh(*, members: int = 1, batch: int = 0, devices: list | None = None) -> Mesh:
+    """Returns a (member, data) mesh over all devices that can share the work evenly.
 
     The member axis is as large as divides both the ensemble and the machine, because members never
-    talk to each other; the other devices share the batch.
+    talk to each other; as many of the other devices as divide them and ``batch`` share its rows.
     """
     devices = all_devices() if devices is None else devices
     n = math.gcd(members, len(devices))
-    shape, auto = (n, len(devices) // n), (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh(shape, (MEMBER, DATA), axis_types=auto, devices=devices)
+    shape, auto = (n, math.gcd(batch, len(devices) // n)), (AxisType.Auto, AxisType.Auto)
+    used = devices[: math.prod(shape)]
+    return jax.make_mesh(shape, (MEMBER, DATA), axis_types=auto, devices=used)
 
 
 def shard(mesh: Mesh, *axes: str | None) -> NamedSharding:

@@ -39,8 +39,8 @@ def verify(config: VerifyConfig, work: Workdir) -> list[str]:
 
     A gate is a file gNN_*.py here whose ``gate(seed, directory)`` returns its checks, at least one
     with a bound; the directory is thrown away. Everything is computed anew. A gate that raises
-    misses, and the others still run. Writes results/verify.json, and seconds to
-    results/timing.json.
+    misses, and the others still run; a full disk or memory ends the command. Writes
+    results/verify.json, and seconds to results/timing.json.
     """
     files, rows, seconds = gate_files(), [], {}
     for name in config.gates:
@@ -51,6 +51,8 @@ def verify(config: VerifyConfig, work: Workdir) -> list[str]:
         try:
             with tempfile.TemporaryDirectory(prefix="crossdict-") as directory:
                 checks = module.gate(seed=config.seed, directory=Path(directory))
+        except (OSError, MemoryError):  # of the machine
+            raise
         except Exception as error:
             traceback.print_exc()
             note = f"raised {type(error).__name__}: {error}"

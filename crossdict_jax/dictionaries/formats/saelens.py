@@ -1,7 +1,6 @@
 """SAELens folders, in (3 to 6) and out (6): cfg.json and sae_weights.safetensors."""
 
 import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from crossdict_jax.dictionaries.folders import (
 from crossdict_jax.dictionaries.wrapped import AbsTopK, ConstantNormed, LayerNormed, Skip, around
 from crossdict_jax.errors import UserError
 from crossdict_jax.training.checkpoint import latest_step
-from crossdict_jax.workdir import check_space, read_object, read_tensors, say, write_json
+from crossdict_jax.workdir import check_space, read_object, read_tensors, say_once, write_json
 
 TOOL, CONFIG, WEIGHTS = "SAELens", "cfg.json", "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
@@ -41,7 +40,6 @@ OURS |= dict.fromkeys(("transcoder", "skip_transcoder"), "relu")
 OURS |= dict.fromkeys(("jumprelu_transcoder", "jumprelu_skip_transcoder"), "jumprelu")
 TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}  # of these alone
 FOLDED = "expected_average_only_in"  # a scale within the weights, unless it stands in SCALER
-say_once = cache(say)  # several stages read a folder
 NORMS = {"constant_norm_rescale": ConstantNormed, "layer_norm": LayerNormed}
 # How the model was loaded: with its writes into the residual stream centred, or in ways that leave
 # the activations at our sites as they are.

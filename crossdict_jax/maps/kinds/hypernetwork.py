@@ -57,7 +57,7 @@ class Hypernetwork(Map):
         and metrics: a killed run goes on and ends with the same bits.
 
         Raises:
-          UserError: a batch is larger than the training rows or does not divide over the devices.
+          UserError: a batch is larger than the training rows.
         """
         fitted, by_pairing = {}, {}
         for problem in problems:

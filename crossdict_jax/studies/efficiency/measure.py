@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from crossdict_jax import maps, results, stats
@@ -151,15 +150,13 @@ def _few_rows(
     n, task, problem = len(rows), question.task, question.problem
     train = problem.train.take(np.sort(rows))
     few = Problem(f"{problem.label} on {n} rows", train, problem.validation)
-    devices = jax.device_count()
-    largest = max(n // devices, 1) * devices  # batch
-    settings = replace(config.map, batch_size=min(config.map.batch_size, largest))
+    settings = replace(config.map, batch_size=min(config.map.batch_size, n))
     directory = folder / f"{task.source}-to-{task.target}" / f"{kind}-{n}"
     asked = {"seed": config.seed, "directory": directory}
     try:
         if map_class(kind).through_joint:
             joint = crosscoder_settings(config)
-            joint = replace(joint, batch_size=min(joint.batch_size, largest))
+            joint = replace(joint, batch_size=min(joint.batch_size, n))
             (few,) = with_own_codes([few], joint, **asked)
         (fitted,) = map_class(kind).fit([few], settings, **asked)
     except TooFewRows:
