@@ -123,7 +123,7 @@ ROWS = b"".join(json.dumps({"text": s}).encode() + b"\n" for s in STORIES)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.txt", None, "is no file or folder"),
+        ("missing.txt", None, "is no file: give"),
         ("empty.txt", b"", "empty file"),
         ("blank.txt", b" \n\n \n", "gave 0 documents"),
         ("few.jsonl", b"".join(ROWS.splitlines(True)[:2]), "split"),

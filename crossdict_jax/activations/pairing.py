@@ -152,10 +152,9 @@ def byte_ends(text: str, tokenizer) -> TokenEnds:
     Ends may lie inside a character. An invented prefix counts 0 bytes.
 
     Raises:
-      UserError: the tokenizer drops or changes characters of this text.
+      UserError: the tokenizer drops or changes characters of this text, or one is half there.
     """
-    if text.encode(errors="ignore").decode() != text:
-        raise UserError(f"{text[:40]!a} has half a character; mend that text.")
+    check_whole(text, ascii(text[:40]))
     (tokens,) = byte_ends_batch([text], tokenizer)
     if tokens.ends is None:
         raise UserError(
@@ -163,6 +162,12 @@ def byte_ends(text: str, tokenizer) -> TokenEnds:
             "of this text cannot be paired; use other text or another tokenizer."
         )
     return tokens
+
+
+def check_whole(text: str, where: str) -> None:
+    """Raises UserError that names ``where`` if ``text`` has half of a surrogate pair."""
+    if re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{where} has half a character; mend it.")
 
 
 def normalize(text: str) -> str:

@@ -184,7 +184,7 @@ def _open_source(text: TextConfig, details: dict) -> Iterator[tuple[str, str, st
         files = [inside(path, p) for p in below if p.suffix in SUFFIXES and p.is_file()]
         wrong = "" if files else f"holds no file ending in {suffixes}."
     elif not path.is_file():
-        wrong = f"is no file or folder: give docstrings, or one of {suffixes}, or hf:NAME."
+        wrong = f"is no file: give docstrings, a file or folder of {suffixes}, or hf:NAME."
     elif path.suffix not in SUFFIXES:
         wrong = f"must end in one of {suffixes}."
     else:

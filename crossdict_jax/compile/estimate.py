@@ -98,7 +98,7 @@ def largest(e: Estimate, machine: Machine) -> dict[str, int]:
     for name, value in e.program.changes.items():
         fixed = e.program.rows if name.endswith(".width") else e.held
         share = (machine.device.memory - fixed) / max(e.memory - fixed, 1.0)
-        share = max(0.0, share) ** (1 / e.program.growth if name.endswith(".width") else 1)
+        share = max(0.0, share) ** (1 / 2 if e.program.square else 1)
         result[name] = 2 ** int(value * share).bit_length() // 2
     return result
 
@@ -110,8 +110,8 @@ def refuse_too_large(estimates: Sequence[Estimate], machine: Machine) -> None:
             continue
         smaller = {n: v for n, v in largest(e, machine).items() if 0 < v < e.program.changes[n]}
         mends = [f"{name}={value}" for name, value in smaller.items()]
-        if e.program.growth > 1:  # of one kind of map
-            mends.append(f"map.kinds without {e.program.name.split()[-1]}")
+        if e.program.square:
+            mends.append(f"map.kinds without {e.program.square}")
         other = "fewer text.documents" if e.program.rows else "a smaller model"
         size, has = (f"{n / 1e9:.3g} GB" for n in (e.memory, machine.device.memory))
         raise UserError(

@@ -58,7 +58,7 @@ class Program:
     steps: int = 1  # of training, in each run
     rows: int = 0  # bytes of rows that stay on a device, whatever these settings are
     beside: int = 0  # bytes of what else lies on a device meanwhile
-    growth: int = 1  # the power of the width by which its memory grows
+    square: str = ""  # the kind of map, if its memory grows as the square of the width
     parameters: int = 0  # of the language model that is read
 
 
@@ -358,10 +358,10 @@ def scoring(plan: Plan) -> Iterator[Program]:
     d_out, test = params["W_dec"].shape[1], plan.rows["test"]
     changes = {"sae.width": width, "evaluation.batch_size": size}
 
-    def program(name, function, runs: float, arrays: tuple, static: tuple = (), **about) -> Program:
+    def program(name, function, runs, arrays, static=(), changes=changes, **about) -> Program:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             lowered = function.lower(*static, *put(arrays, shard(mesh)))
-        return Program("evaluate", name, lowered, runs, **{"changes": changes} | about)
+        return Program("evaluate", name, lowered, runs, changes, **about)
 
     bits = ml_dtypes.bfloat16
     y = blank((size, d_out), bits) if config.sae.output_site else None
@@ -381,9 +381,9 @@ def scoring(plan: Plan) -> Iterator[Program]:
 
         of_codes, values = modules.abstract(build)
         arrays = values, blank((size, width)), blank((size,), np.int32)
-        static, name = (of_codes, "__call__"), f"predict by {RidgeCodes.kind}"
-        square = {"growth": 2, "changes": {"sae.width": width}}
-        yield program(name, predict_batch, codes * each, arrays, static, **square)
+        static, kind = (of_codes, "__call__"), RidgeCodes.kind
+        about, name = {"changes": {"sae.width": width}, "square": kind}, f"predict by {kind}"
+        yield program(name, predict_batch, codes * each, arrays, static, **about)
     for kind in kinds[:1]:
         objective, fixed = _map_objective(plan, kind, todo[0].ends)
         trained = jax.eval_shape(lambda o=objective: o.init(jax.random.key(0), {}))

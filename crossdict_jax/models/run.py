@@ -470,7 +470,7 @@ def _by_text(row: np.ndarray, position: np.ndarray, shape: tuple[int, int]) -> t
 # Compiled programs
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), keep_unused=True)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), keep_unused=True)  # which lie there, too
 def run_model(function, model, static, graphs, params, shared, arrays) -> PyTree:
     """See ``Runner.dispatch``."""
     graphdef, dtype = model

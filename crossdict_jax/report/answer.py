@@ -53,7 +53,7 @@ def _score(line: dict, key: str, name: str) -> str:
 def _how_well(comparisons: list[Comparison]) -> str:
     picks = best_by_direction(comparisons, "r2")
     if not picks:
-        return "No map was fitted, so nothing is said about maps."
+        return "No map was fitted."
     if len(picks) > 2:  # the two ends
         picks.sort(key=lambda pick: -pick[1]["r2"])
         picks = [picks[0], picks[-1]]

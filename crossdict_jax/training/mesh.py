@@ -75,7 +75,7 @@ def make_mesh(*, members: int = 1, batch: int = 0, devices: list | None = None) 
     """Returns a (member, data) mesh over all devices that can share the work evenly.
 
     The member axis is as large as divides both the ensemble and the machine, because members never
-    talk to each other; as many of the other devices as divide them and ``batch`` share its rows.
+    talk to each other; as many of the others as divide them and ``batch`` (0: all) share its rows.
     """
     devices = all_devices() if devices is None else devices
     n = math.gcd(members, len(devices))

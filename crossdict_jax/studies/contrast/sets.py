@@ -1,12 +1,11 @@
 """Files of minimal pairs: two texts of which a language model should find one likelier."""
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crossdict_jax.activations.pairing import normalize
+from crossdict_jax.activations.pairing import check_whole, normalize
 from crossdict_jax.activations.text import json_lines
 from crossdict_jax.errors import UserError
 
@@ -76,8 +75,7 @@ def _pair(row: dict, where: str) -> tuple[str, str]:
     for field in filter(None, spelling):
         if not isinstance(row[field], str) or not row[field].strip():
             raise UserError(f"{where}: {field} is not text, or blank; mend or remove that line.")
-        if re.search(r"[\ud800-\udfff]", row[field]):
-            raise UserError(f"{where}: {field} has half a character; mend that line.")
+        check_whole(row[field], f"{where}: {field}")
     front, *ends = (row[field] if field else "" for field in spelling)
     good, bad = (normalize(front + end) for end in ends)
     if good == bad:

@@ -1,7 +1,6 @@
 """Files of labelled texts, split into training and test texts."""
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +47,7 @@ def read_labelled(source: str, *, text: str, label: str) -> Labelled:
             kinds = (str, int) if words else str
             if not isinstance(row[name], kinds) or not str(row[name]).strip():
                 raise UserError(f"{where}: {name} is not text{words}, or blank; mend that line.")
-        if re.search(r"[\ud800-\udfff]", f"{row[text]}{row[label]}"):
-            raise UserError(f"{where} has half a character; mend that line.")
+        pairing.check_whole(f"{row[text]}{row[label]}", where)
         content, name = pairing.normalize(row[text]), str(row[label])
         if (first := label_of.setdefault(content, name)) != name:
             raise UserError(
