@@ -2,8 +2,8 @@
 
 python -m launch.train_lm --config=configs/docs_gpt2.py --workdir=runs/docs-gpt2
 
-The model lies in WORKDIR/model and its loss curve in WORKDIR/loss.svg; the held-out loss is printed
-beside what counting gives.
+The model lies in WORKDIR/model, the curve of its loss in WORKDIR/metrics.jsonl; the held-out loss
+is printed beside what counting gives.
 """
 
 from crossdict_jax.config import PretrainConfig

@@ -29,7 +29,7 @@ def slow_but(*quick):
 class PlantedStore(Store):
     """Rows x [n, d_model], 1, 2, ... times at the sites of one model; y is what those write."""
 
-    models = ("planted",)
+    models = paths = ("planted",)
 
     def __init__(self, x, *, sites=1, y=None):
         self.x, self.y, self.n_sites = x, y, sites

@@ -32,7 +32,7 @@ from crossdict_jax.activations.text import load_corpus
 from crossdict_jax.config import Config, SAEConfig, TextConfig, fields
 from crossdict_jax.dictionaries import base, formats, train
 from crossdict_jax.dictionaries.folders import site_of
-from crossdict_jax.dictionaries.pretrained import adopt
+from crossdict_jax.dictionaries.pretrained import adopt, check_names
 from crossdict_jax.models import Site
 from crossdict_jax.workdir import Workdir, read_json
 from launch import command
@@ -159,7 +159,7 @@ def test_folders_say_their_site_in_any_spelling(tmp_path):
         ({"hook_name": "blocks.0.hook_resid_post", "model_name": "a"}, ()),  # the same activations
         ({"hook_name": "blocks.0.hook_resid_pre", "model_name": "a"}, ("hook_resid_pre", "pre.1")),
         ({"hook_name": "blocks.1.hook_mlp_out", "model_name": "a"}, ("blocks.1.hook_mlp_out",)),
-        ({"hook_name": "blocks.1.hook_resid_pre", "model_name": "b"}, ("model b", "has a")),
+        ({"hook_name": "blocks.1.hook_resid_pre", "model_name": "b"}, ("model b", "has")),
     ],
 )
 def test_sources_that_contradict_the_run_are_refused(names, words, tiny, tmp_path):
@@ -174,6 +174,16 @@ def test_sources_that_contradict_the_run_are_refused(names, words, tiny, tmp_pat
         asked.sae.source_names = "ignore"
     assert adopt(asked, store, Workdir(tmp_path / "run")) == {"a"}
     assert formats.names(work.dictionary("a", tiny_run.SITE)) == {}  # of these it is not known
+
+
+def test_models_whose_folders_have_the_same_name_are_told_by_their_weights(tmp_path):
+    for name, data in (("x", b"1"), ("y", b"2"), ("copy", b"1")):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "model" / "model.safetensors").write_bytes(data)
+    said = {"model_name": str(tmp_path / "x" / "model")}
+    check_names(said, "d", str(tmp_path / "copy" / "model"), Site(1), Site(1))
+    other = str(tmp_path / "y" / "model")
+    refused(lambda: check_names(said, "d", other, Site(1), Site(1)), "is of model", other)
 
 
 def rebuilt(folder, name, change, tokenizer_class):

@@ -67,8 +67,8 @@ def reconstruction_rows(models=MODELS, layers=(5, 6, 7)) -> list[dict]:
     losses = {"ce_clean": 4.654, "ce_zero": 9.812, "ce_mean": 6.644, "ce_sae": 4.831}
     quality = {"seed": 0, "member": "seed-0", "l0": 31.9, "fvu": 0.23, "dead_fraction": 0.043}
     quality |= losses | bounded(loss_recovered=0.964)
-    ends = itertools.product(models, layers)
-    return [{"model": model, "site": f"resid_pre.{layer}", **quality} for model, layer in ends]
+    ends, sites = itertools.product(models, layers), {n: f"resid_pre.{n}" for n in layers}
+    return [dict(quality, model=m, site=sites[n], site_output=sites[n]) for m, n in ends]
 
 
 def single_feature_rows() -> list[dict]:
@@ -92,7 +92,7 @@ def single_feature_rows() -> list[dict]:
 
 def causal_row(value: float, **where) -> dict:
     row = dict.fromkeys(("control", "source", "site_source", "map", "pairing", "stitch_kind"))
-    row |= where | {"n_positions": 4000, "n_documents": 64}
+    row |= where | {"site_edited": where["site_target"], "n_positions": 4000, "n_documents": 64}
     return row | {"ce": 9.8 - 5 * value, "kl": 5 - 5 * value} | bounded(0.02, loss_recovered=value)
 
 
@@ -351,13 +351,13 @@ def test_a_shuffled_map_that_beats_the_mean_is_a_warning(tmp_path):
     leak = next(r for r in rows if r["map"] == "ridge" and r["pairing"] == "shuffled")
     leak |= {"r2": 0.2, "verdict": BEATS_TOKEN}
     write_jsonl(work.result("transfer.jsonl"), rows)
-    (caution,) = answer.cautions(read_run(work))
+    (caution,) = answer.cautions(read_run(work), Config())
     assert "ridge still “beats token” (R² 0.200" in caution
     few = [row | {"n_documents": 12} for row in transfer_rows()]
     write_jsonl(work.result("transfer.jsonl"), few)
     poor = [row | {"dead_fraction": 0.7, "fvu": 0.9} for row in reconstruction_rows(layers=(6,))]
     write_jsonl(work.result("reconstruction.jsonl"), poor)
-    documents, dead, missed = answer.cautions(read_run(work))
+    documents, dead, missed = answer.cautions(read_run(work), Config())
     assert "Only 12 held-out documents" in documents
     assert "2 of 2 dictionaries (docs-gpt2 resid_pre.6 seed-0" in dead
     assert "docs-neox resid_pre.6" in missed

@@ -107,6 +107,8 @@ def load_corpus(text: TextConfig, *, directory: Path | None = None) -> Corpus:
             more = "give more text"
         if counts["emptied"] + counts["duplicates"] > len(corpus):
             more = "raise text.max_bytes, or give text that differs"
+        elif text.source.endswith(".txt"):
+            more = f"lower {within}, the length of documents that a file is cut into, or {more}"
         shares = {
             s: f"raise text.{s}_fraction={getattr(text, f'{s}_fraction')}" for s in SPLITS[1:]
         }

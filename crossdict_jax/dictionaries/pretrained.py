@@ -1,5 +1,6 @@
 """Dictionaries that others trained, put where a run keeps its own."""
 
+import os
 from pathlib import Path
 
 from crossdict_jax import modules
@@ -12,7 +13,7 @@ from crossdict_jax.dictionaries.folders import hook_name, site_of
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site, load_config
 from crossdict_jax.training import checkpoint
-from crossdict_jax.workdir import Workdir, model_names
+from crossdict_jax.workdir import Workdir, file_digest, model_names
 
 OF_RELU = ("W_enc", "b_enc", "W_dec", "b_dec", "scale", "scale_out")  # parameters
 
@@ -30,6 +31,7 @@ def adopt(config: Config, store: Store, work: Workdir) -> set[str]:
             dictionary = from_arrays(find("relu"), kept, transcodes=dictionary.transcodes)
         model, site = folder.parts[-3:-1]
         meta = {"source": path, "codes": codes, "model": model, "site": site}
+        meta["path"] = store.paths[store.models.index(model)]
         if dictionary.transcodes:
             meta["writes"] = list(map(str, store.output_of(model, Site.parse(site))))
         base.save(dictionary, folder, meta=meta)
@@ -76,7 +78,7 @@ def check_sources(config: Config, work: Workdir, store: Store | None = None) -> 
                     f"{end}; name the dictionary of this model, or correct sae.output_site."
                 )
         if config.sae.source_names == "check":
-            check_names(formats.names(path), path, f"{models[model]}/{model}", site, writes[1])
+            check_names(formats.names(path), path, models[model], site, writes[1])
         missing[folder] = path
     return missing
 
@@ -84,7 +86,8 @@ def check_sources(config: Config, work: Workdir, store: Store | None = None) -> 
 def check_names(said: dict[str, str], path: str, model: str, site: Site, written: Site) -> None:
     """Raises UserError if a dictionary says (``formats.names``) that it is of another site.
 
-    Or of another model than ``model``, of which each part between slashes is a name.
+    Or of another model than that at the path ``model``, of which each part is a name. Two folders
+    that are there are one model if their weights are the same.
     """
     wrong = [
         f"{key} {said[key]}, where the run has {ours}"
@@ -92,11 +95,19 @@ def check_names(said: dict[str, str], path: str, model: str, site: Site, written
         if key in said and site_of(said[key]) != site_of(hook_name(str(ours)))
     ]
     short = [part.removesuffix("-small") for part in model.lower().split("/")]  # gpt2-small is gpt2
-    name = said.get("model_name", "").lower().rpartition("/")[2].removesuffix("-small")
-    if name and name not in short:
-        wrong.append(f"model {said['model_name']}, where the run has {model.rpartition('/')[2]}")
+    theirs = said.get("model_name", "")
+    name = theirs.lower().rpartition("/")[2].removesuffix("-small")
+    weights = [_weights(theirs), _weights(model)]
+    if weights[0] != weights[1] if all(weights) else name and name not in short:
+        wrong.append(f"model {theirs}, where the run has {model}")
     if wrong:
         raise UserError(
             f"sae.sources: {path} says that it is of {' and '.join(wrong)}; name another, or set "
             "sae.source_names=ignore if it is right all the same."
         )
+
+
+def _weights(model: str) -> dict[str, str]:
+    """Returns checksums of the weights in a folder, by file; nothing where there is none."""
+    files = Path(os.path.expanduser(model)).glob("*.safetensors") if model else ()
+    return {file.name: file_digest(file) for file in files}

@@ -258,6 +258,7 @@ def train_members(config: Config, store: Store, work: Workdir, everyone: list[Me
                 if member not in todo:
                     continue
                 meta = vars(member) | {"site": str(member.site), "steps": sae.steps}
+                meta["path"] = store.paths[store.models.index(member.model)]
                 if dictionary.transcodes:
                     model, site = store.output_of(member.model, member.site)
                     meta |= {"writes": [model, str(site)]}

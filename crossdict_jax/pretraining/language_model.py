@@ -23,13 +23,13 @@ from crossdict_jax.training.mesh import DATA, make_mesh, product_dtype, put, sha
 from crossdict_jax.workdir import AGAIN, write_json, write_text
 
 WARMUP = 0.03  # of the steps; then cosine decay to a tenth of the rate
-WEIGHT_DECAY = 0.1  # of matrices
+WEIGHT_DECAY = 0.1  # of the matrices in blocks
 GRADIENT_CLIP = 1.0  # norm, as in GPT-3 and Pythia
 MATRIX = MuonDimensionNumbers()
 SIZES = ("d_model", "n_layers", "n_heads", "context")
 NEOX = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 NAMES = {"gpt2": ("n_embd", "n_layer", "n_head", "n_positions"), "gpt_neox": NEOX}  # of SIZES
-OFFSET = 97  # tokens by which each epoch cuts the text further on; prime, so that cuts differ
+OFFSET = 97  # tokens by which each epoch cuts the text further on; prime: most cuts differ
 
 
 def train_language_model(config: PretrainConfig, directory: Path) -> dict:
@@ -139,7 +139,6 @@ class NextToken(Objective):
             muon(
                 rate,
                 weight_decay=WEIGHT_DECAY,
-                weight_decay_mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
                 adam_b2=0.95,
                 consistent_rms=0.2,
                 muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(

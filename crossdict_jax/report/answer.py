@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 
+from crossdict_jax.config import Config
 from crossdict_jax.report import causal, shared
 from crossdict_jax.report.results import (
     DIVERGED,
@@ -132,9 +133,8 @@ def to_what_effect(stitched: list[Comparison]) -> str:
     pick = max(scored, key=rank)
     (s, line), cell = pick, share(pick[1], "loss_recovered", 1)
     form = " (its features, decoded)" if line["stitch_kind"] == "features" else ""
-    stitch = (
-        f"{line['map']}{form} of {s.source} {s.site_source} put into {s.target} {s.site_target}"
-    )
+    end = f"{s.target} {line['site_edited']}"
+    stitch = f"{line['map']}{form} of {s.source} {s.site_source} put into {end}"
     of_zero = f"{cell.text} {cell.note}".strip() + " of the loss that zeroing costs"
     if s.above_controls(line):
         text = f"The best predicted activation, {stitch}, recovers {of_zero}"
@@ -159,7 +159,7 @@ def to_what_effect(stitched: list[Comparison]) -> str:
     return f"{text}; beside it {words}."
 
 
-def cautions(run: Run) -> list[str]:
+def cautions(run: Run, config: Config) -> list[str]:
     """Returns what a reader must know before believing the numbers."""
     notes = [
         f"On shuffled pairs, where nothing is shared, {line['map']} still “{verdict}” (R² "
@@ -182,4 +182,9 @@ def cautions(run: Run) -> list[str]:
         over = ["{model} {site} {member}".format(**r) for r in rows if (r[key] or 0) > limit]
         shown = ", ".join(over[:3] + ["…"] * (len(over) > 3))
         notes += [f"{words} {len(over)} of {len(rows)} dictionaries ({shown})."] if over else []
+    if "ceiling" in config.controls and set(config.sae.sources) - {"train"}:
+        notes.append(
+            "Where dictionaries were loaded (sae.sources), the ceiling reads one that this run "
+            "trained, not another seed of theirs: it says little of how much can be shared."
+        )
     return notes

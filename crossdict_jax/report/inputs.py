@@ -8,6 +8,7 @@ from pathlib import Path
 
 from crossdict_jax.config import Config, to_dict
 from crossdict_jax.config.settings import spell
+from crossdict_jax.dictionaries.base import find
 from crossdict_jax.report.blocks import Block, Code, Details, Facts, Panels
 from crossdict_jax.report.plots import SERIES, histogram_figure, line_figure
 from crossdict_jax.report.results import DIVERGED, Run
@@ -40,6 +41,10 @@ def run_section(config: Config, run: Run, root: Path) -> list[Block]:
         held_out.append(f"{' to '.join(map(number, ends))} {name}")
     sizes = [f"{kind} {_by_split(text[kind])}" for kind in ("documents", "bytes")]
     devices = sorted({f"{stage['devices']} × {stage['device']}" for stage in stages})
+    k = f"k {spell(sae.k)}, " * ("k" in find(sae.architecture).reads)
+    trained = f"{sae.architecture}, width {spell(sae.width)}, {k}{sae.seeds} per model and site; "
+    trained += f"{sae.steps:,} steps of {sae.batch_size:,} rows"
+    sources = dict.fromkeys(sae.sources or ["train"])
     missing = [t.file for t in SPINE if not run.rows[t.file.removesuffix(".jsonl")]]
     missing += [] if run.curves else ["metrics.jsonl of trainings"]
     missing += [] if stages else ["timing.json"]
@@ -48,8 +53,7 @@ def run_section(config: Config, run: Run, root: Path) -> list[Block]:
         "Text": "; ".join([config.text.source, *sizes]),
         "Rows, where all tokenizers end a token": _by_split(run.pairing["rows"]),
         "Scored on": f"{' of '.join(held_out)} of the test split",
-        "Dictionaries": f"{sae.architecture}, width {spell(sae.width)}, k {spell(sae.k)}, "
-        f"{sae.seeds} per model and site; {sae.steps:,} steps of {sae.batch_size:,} rows",
+        "Dictionaries": "; ".join(s if s != "train" else trained for s in sources),
         "Devices": ", ".join(devices) or "not recorded",
         "Not there, so not shown": ", ".join(missing) or "nothing",
     }
@@ -99,15 +103,20 @@ def fvu(row: dict) -> Cell:
     return Cell(f"{number(value, 1)} ⚠", "diverged", style="weak")
 
 
+def sites(row: dict) -> list[str]:
+    """Returns the site of a dictionary; of a transcoder's also the one that it writes."""
+    return list(dict.fromkeys((row["site"], row["site_output"])))
+
+
 def dictionaries_section(run: Run) -> Iterator[Block]:
     yield (
-        "Each model’s activations are written as sparse sums of features. CE is the model’s "
-        "cross-entropy in nats a token when its activation is untouched, zeroed, replaced by its "
-        "mean, or by the dictionary’s reconstruction. What a dictionary misses no map into it can "
-        "show."
+        "Each model’s activations are written as sparse sums of features. CE is the cross-entropy "
+        "in nats a token of the model that is written when its activation is untouched, zeroed, "
+        "replaced by its mean, or by the dictionary’s reconstruction. What a dictionary misses no "
+        "map into it can show."
     )
     quality = [
-        {"model": row["model"], "site": row["site"], "dictionary": row["member"]}
+        {"model": row["model"], "site": " to ".join(sites(row)), "dictionary": row["member"]}
         | scores(row, "width", "l0")
         | {"FVU": fvu(row), "dead": share(row, "dead_fraction", 1)}
         | scores(row, "ce_clean", "ce_zero", "ce_mean", "ce_sae", "kl_sae")

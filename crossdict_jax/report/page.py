@@ -52,7 +52,7 @@ def write_report(config: Config, work: Workdir, sections: Sequence[tuple[str, st
         name=work.root.resolve().name,
         models=f"{', '.join(first)} and {last}" if first else last,
         answer=answer.answer(run),
-        cautions=[*answer.cautions(run), *outdated(work)],
+        cautions=[*answer.cautions(run, config), *outdated(work)],
         sections=[
             (re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"), title, part)
             for title, part in (*before, *sections, *after)

@@ -61,7 +61,7 @@ def transfer_table(comparison: Comparison) -> Table:
         cells = {"map, verdict": Cell(line["map"], f"{sign} {text}".strip(), style=style)}
         rows.append(cells | scores(line, *SCORES, null="shuffled."))
     pool = row["pool"]
-    top1, rank = (number(1 / pool, 4), number((pool + 1) / 2, 0)) if pool else ("–", "–")
+    top1, rank = (number(1 / pool, 4), number((pool + 1) / 2, 1)) if pool else ("–", "–")
     caption = (
         f"{comparison.name}: {number(row['n_rows'])} rows of {number(row['n_documents'])} held-out "
         f"documents; retrieval pool {number(pool)}, by chance top-1 {top1} and mean rank {rank}; "

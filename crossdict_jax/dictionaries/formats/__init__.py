@@ -67,7 +67,8 @@ def names(path: str | Path) -> dict[str, str]:
                 "hook_name": meta.get("site", ""),
                 "hook_name_out": meta.get("writes", [""])[-1],
             }
-            said = {"model_name": meta.get("model")} | {k: hook_name(v) for k, v in sites.items()}
+            model = meta.get("path", meta.get("model"))
+            said = {"model_name": model} | {k: hook_name(v) for k, v in sites.items()}
             said = dict(meta.get("names", said))
     else:
         module = _format_of(folder)

@@ -11,6 +11,7 @@ from crossdict_jax.activations.store import Store, open_store
 from crossdict_jax.causal.finished_run import FinishedRun
 from crossdict_jax.config import Config, identity, refuse_transcoders
 from crossdict_jax.dictionaries import Dictionary
+from crossdict_jax.dictionaries.base import architecture_of
 from crossdict_jax.dictionaries.start import activation_scale
 from crossdict_jax.dictionaries.train import members, train_from
 from crossdict_jax.errors import UserError
@@ -23,7 +24,7 @@ from crossdict_jax.studies.dictionary_transfer import TABLE, TRAINING, savings_t
 from crossdict_jax.studies.dictionary_transfer import transferred as transfer
 from crossdict_jax.studies.dictionary_transfer.transferred import Affine, Stitch, transferred
 from crossdict_jax.training.stage import Stage, input_digests, progress_bar
-from crossdict_jax.workdir import Workdir, read_jsonl
+from crossdict_jax.workdir import Workdir, read_jsonl, say
 
 ERRORS = ("fvu", "mse")  # in the logged losses of every architecture
 
@@ -62,7 +63,7 @@ def run(config: Config, work: Workdir) -> None:
                 rows[file] += stage.part((target, file), made)
         stage.finish(rows, directions=len(tasks))
     scored, trained = (results.read(work, file) for file in makes)
-    show([*tables(scored), savings_table(trained)])
+    show([*tables(scored), *([savings_table(trained)] if trained else [])])
 
 
 def ways(problem: Problem, config: Config) -> dict[str, Dictionary | Stitch]:
@@ -137,21 +138,29 @@ def compare_starts(
     """Returns the rows of dictionary_training.jsonl of the directions into one target.
 
     Its dictionary of seed 0 is trained from random parameters and from the source's, on the same
-    batches, in one ensemble.
+    batches, in one ensemble. Sources of another shape, as ``sae.sources`` may be, start nothing.
     """
-    group, starts = [], []
+    group, starts, tasks = [], [], []
     for task, problem in problems.items():
+        member, *_ = members(config.sae, [(task.target, task.site_target)])
+        a = problem.train.source.dictionary
+        k = getattr(a, "k", member.k)
+        if (architecture_of(a), a.width, k) != (config.sae.architecture, member.width, member.k):
+            say(f"{task.label}: no start of a training, since sae.* is of another kind or size")
+            continue
         scale = activation_scale(problem.train.target.x)
-        stitch = transfer.fit_stitch(problem, config.map)
-        moved = transferred(problem.train.source.dictionary, stitch, scale)
-        group += 2 * members(config.sae, [(task.target, task.site_target)])[:1]
+        moved = transferred(a, transfer.fit_stitch(problem, config.map), scale)
+        group += 2 * [member]
         starts += [None, transfer.with_unit_rows(moved)]
+        tasks.append(task)
+    if not tasks:
+        return []
     directory = work.dictionaries / "transfer" / group[0].model
     trained = train_from(config, store, group, starts, directory=directory)
     log = read_jsonl(directory / "metrics.jsonl")
     error = next(name for name in ERRORS if name in log[0])
     steps, rows = [row["step"] + 1 for row in log], []
-    for i, task in enumerate(problems):
+    for i, task in enumerate(tasks):
         random, moved = ([row[error][2 * i + j] for row in log] for j in (0, 1))
         end = task.target, task.site_target
         x = store.read(*end, store.select("test")).astype(np.float32)
