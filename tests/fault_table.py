@@ -27,8 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
-for name, value in (("JAX_PLATFORMS", "cpu"), ("HF_HUB_OFFLINE", "1")):
-    os.environ.setdefault(name, value)  # before anybody imports JAX
+os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"} | dict(os.environ)  # JAX reads it
 STAGES = {  # and what each writes; the controls lie beside the run's own
     "extract_activations": ("activations", "results/pairing.json"),
     "train_saes": ("dictionaries", "controls/dictionaries"),

@@ -177,13 +177,13 @@ def test_sources_that_contradict_the_run_are_refused(names, words, tiny, tmp_pat
 
 
 def test_models_whose_folders_have_the_same_name_are_told_by_their_weights(tmp_path):
-    for name, data in (("x", b"1"), ("y", b"2"), ("copy", b"1")):
-        (tmp_path / name / "model").mkdir(parents=True)
-        (tmp_path / name / "model" / "model.safetensors").write_bytes(data)
-    said = {"model_name": str(tmp_path / "x" / "model")}
-    check_names(said, "d", str(tmp_path / "copy" / "model"), Site(1), Site(1))
-    other = str(tmp_path / "y" / "model")
-    refused(lambda: check_names(said, "d", other, Site(1), Site(1)), "is of model", other)
+    x, copy, y = (tmp_path / name / "model" for name in ("x", "copy", "y"))
+    for folder in (x, copy, y):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"y" if folder == y else b"x")
+    said, site = {"model_name": str(x)}, Site(1)
+    check_names(said, "d", str(copy), site, site)
+    refused(lambda: check_names(said, "d", str(y), site, site), "is of model", str(y))
 
 
 def rebuilt(folder, name, change, tokenizer_class):
