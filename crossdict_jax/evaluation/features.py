@@ -30,7 +30,8 @@ def feature_rows(scored: Scored, reseeded: Sequence[Task], loader: Loader) -> li
     the R^2 of the table of the target's own tokens.
 
     Args:
-      reseeded: the same maps fitted from another seed, if the run has them.
+      reseeded: the same maps fitted from another seed, if the run has them. Kinds that learn
+        from all problems learned from those of the layers with controls.
     """
     pairs, held_out = scored.bench.splits["validation"], scored.bench.held_out
     moments = pairs.target.feature_moments

@@ -36,7 +36,7 @@ BANDWIDTH = 0.5  # in the same units, of the kernel that trains thresholds
 SLOTS = 0.5  # active features of a row, times d_model: with more, codes take more memory than rows
 VALIDATION_ROWS = 4096  # at most, evenly spread, for a member's validation
 WEIGHT_DECAY = 1e-4  # of matrices
-PATIENCE = 5  # validations without a better one that end a member's training
+PATIENCE = 5  # worse validations without a better one that end a member's training
 GRADIENT_CLIP = 1.0  # largest norm of a member's gradient
 
 

@@ -184,7 +184,8 @@ def _validated(objective, state, metrics, batch, number, steps):
         new = {"params": params, "score": score, "step": jnp.asarray(number, jnp.int32)}
         better, before = score < best["score"], {name: best[name] for name in new}
         kept = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, before)
-        stale = jnp.where(old >= objective.patience, old, jnp.where(better, 0, old + 1))
+        worse = old + (score > best["score"])  # a tie is not: a map may begin with zeros alone
+        stale = jnp.where(old >= objective.patience, old, jnp.where(better, 0, worse))
         return kept | {"latest": score, "stale": stale}
 
     look = (number % objective.validate_every == 0) | (number == steps - 1)

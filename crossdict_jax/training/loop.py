@@ -262,7 +262,8 @@ def _report(title: str, writer, progress, first: int, count: int, metrics: dict)
         if bad.any():
             step = first + int(bad.argmax())
             raise UserError(f"{title}: {name} is not finite at step {step}; {LOWER}")
-    writer(first + count - 1, {n: np.mean(value, axis=0).tolist() for n, value in values.items()})
+    means = {n: v[-1] if n == "validation" else v.mean(axis=0) for n, v in values.items()}
+    writer(first + count - 1, {name: mean.tolist() for name, mean in means.items()})
     if "loss" in values:
         progress.set_postfix(loss=f"{values['loss'][-1].mean():.4g}", refresh=False)
     progress.update(count)
