@@ -1,5 +1,6 @@
 """Dictionaries that others trained, put where a run keeps its own."""
 
+import filecmp
 import os
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from crossdict_jax.dictionaries.folders import hook_name, site_of
 from crossdict_jax.errors import UserError
 from crossdict_jax.models import Site, load_config
 from crossdict_jax.training import checkpoint
-from crossdict_jax.workdir import Workdir, file_digest, model_names
+from crossdict_jax.workdir import Workdir, model_names
 
 OF_RELU = ("W_enc", "b_enc", "W_dec", "b_dec", "scale", "scale_out")  # parameters
 
@@ -97,8 +98,8 @@ def check_names(said: dict[str, str], path: str, model: str, site: Site, written
     short = [part.removesuffix("-small") for part in model.lower().split("/")]  # gpt2-small is gpt2
     theirs = said.get("model_name", "")
     name = theirs.lower().rpartition("/")[2].removesuffix("-small")
-    weights = [_weights(theirs), _weights(model)]
-    if weights[0] != weights[1] if all(weights) else name and name not in short:
+    same = _same_weights(theirs, model)
+    if not same if same is not None else name and name not in short:
         wrong.append(f"model {theirs}, where the run has {model}")
     if wrong:
         raise UserError(
@@ -107,7 +108,13 @@ def check_names(said: dict[str, str], path: str, model: str, site: Site, written
         )
 
 
-def _weights(model: str) -> dict[str, str]:
-    """Returns checksums of the weights in a folder, by file; nothing where there is none."""
-    files = Path(os.path.expanduser(model)).glob("*.safetensors") if model else ()
-    return {file.name: file_digest(file) for file in files}
+def _same_weights(*models: str) -> bool | None:
+    """Returns whether two folders hold the same weights; None where one of them holds none."""
+    try:
+        folders = [Path(os.path.expanduser(model)) for model in models if model]
+        a, b = ([*sorted(folder.glob("*.safetensors"))] for folder in folders)
+        same = [file.name for file in a] == [file.name for file in b]
+        same = same and all(filecmp.cmp(*pair, shallow=False) for pair in zip(a, b))
+    except (OSError, ValueError):  # or is no path at all
+        return None
+    return same if a and b else None

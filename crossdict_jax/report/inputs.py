@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 
 from crossdict_jax.config import Config, to_dict
@@ -103,11 +104,6 @@ def fvu(row: dict) -> Cell:
     return Cell(f"{number(value, 1)} ⚠", "diverged", style="weak")
 
 
-def sites(row: dict) -> list[str]:
-    """Returns the site of a dictionary; of a transcoder's also the one that it writes."""
-    return list(dict.fromkeys((row["site"], row["site_output"])))
-
-
 def dictionaries_section(run: Run) -> Iterator[Block]:
     yield (
         "Each model’s activations are written as sparse sums of features. CE is the cross-entropy "
@@ -115,8 +111,10 @@ def dictionaries_section(run: Run) -> Iterator[Block]:
         "replaced by its mean, or by the dictionary’s reconstruction. What a dictionary misses no "
         "map into it can show."
     )
+    sites = itemgetter("site", "site_output")  # two of a transcoder
     quality = [
-        {"model": row["model"], "site": " to ".join(sites(row)), "dictionary": row["member"]}
+        {"model": row["model"], "site": " to ".join(dict.fromkeys(sites(row)))}
+        | {"dictionary": row["member"]}
         | scores(row, "width", "l0")
         | {"FVU": fvu(row), "dead": share(row, "dead_fraction", 1)}
         | scores(row, "ce_clean", "ce_zero", "ce_mean", "ce_sae", "kl_sae")
