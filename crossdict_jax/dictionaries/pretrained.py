@@ -97,9 +97,11 @@ def check_names(said: dict[str, str], path: str, model: str, site: Site, written
     ]
     short = [part.removesuffix("-small") for part in model.lower().split("/")]  # gpt2-small is gpt2
     theirs = said.get("model_name", "")
-    name = theirs.lower().rpartition("/")[2].removesuffix("-small")
+    name = theirs.lower().rstrip("/").rpartition("/")[2].removesuffix("-small")
     same = _same_weights(theirs, model)
-    if not same if same is not None else name and name not in short:
+    if same is None:
+        same = not name or name in short
+    if not same:
         wrong.append(f"model {theirs}, where the run has {model}")
     if wrong:
         raise UserError(
