@@ -159,7 +159,7 @@ def test_folders_say_their_site_in_any_spelling(tmp_path):
         ({"hook_name": "blocks.0.hook_resid_post", "model_name": "a"}, ()),  # the same activations
         ({"hook_name": "blocks.0.hook_resid_pre", "model_name": "a"}, ("hook_resid_pre", "pre.1")),
         ({"hook_name": "blocks.1.hook_mlp_out", "model_name": "a"}, ("blocks.1.hook_mlp_out",)),
-        ({"hook_name": "blocks.1.hook_resid_pre", "model_name": "b"}, ("model b", "has")),
+        ({"hook_name": "blocks.1.hook_resid_pre", "model_name": "b"}, ("model b", "/a; name")),
     ],
 )
 def test_sources_that_contradict_the_run_are_refused(names, words, tiny, tmp_path):
@@ -204,6 +204,7 @@ def lower(tokenizer):
 def split_digits(tokenizer):
     parts = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    tokenizer.model.dropout = 0.5  # of training: ids are those without it
 
 
 def more_tokens(tokenizer):
@@ -214,17 +215,11 @@ def in_front(tokenizer):
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 8), ("<s>", 7))
 
 
-def drop_out(tokenizer):
-    tokenizer.model.dropout = 0.5
-
-
 def nothing_added(tokenizer):
     return Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"added_tokens": []}))
 
 
-@pytest.mark.parametrize(
-    "change", [lower, split_digits, more_tokens, in_front, nothing_added, drop_out]
-)
+@pytest.mark.parametrize("change", [lower, split_digits, more_tokens, in_front, nothing_added])
 @pytest.mark.parametrize(
     ("name", "tokenizer_class"),
     [("docs-gpt2", "GPTNeoXTokenizerFast"), ("docs-gpt2", None), ("docs-neox", "GPT2Tokenizer")],
@@ -253,14 +248,6 @@ def test_one_token_at_most_is_read_in_front_of_a_text(tmp_path):
     assert bos_id(models.load_tokenizer(tmp_path / "n")) == 7
 
 
-def vast(tree):
-    tree["model"]["vocab"]["a"] = 2**31
-
-
-def vast_added(tree):
-    tree["added_tokens"][-1]["id"] = 2**31
-
-
 def twice(tree):
     """Two tokens have one id: which of them it means, two readings of the file decide anew."""
     vocabulary, merges = tree["model"]["vocab"], tree["model"]["merges"]
@@ -268,7 +255,11 @@ def twice(tree):
         vocabulary[f"again{number}"] = vocabulary["".join(parts)]
 
 
-@pytest.mark.parametrize("spoil", [vast, vast_added, twice])
+VAST = [lambda tree: tree["model"]["vocab"].update(a=2**31)]
+VAST += [lambda tree: tree["added_tokens"][-1].update(id=2**31)]
+
+
+@pytest.mark.parametrize("spoil", [*VAST, twice])
 def test_vast_ids_and_a_tokenizer_that_contradicts_itself_are_named(spoil, tmp_path):
     rebuilt(tmp_path / "m", "docs-gpt2", more_tokens, None)
     tree = json.loads((tmp_path / "m/tokenizer.json").read_text())

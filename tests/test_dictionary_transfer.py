@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 import tiny_run
 from flax import nnx
-from test_exchange import trained
+from test_exchange import F, K, trained
 from tiny_run import changed, refused
 
 from crossdict_jax import dictionaries, maps, ops
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.config import Config
+from crossdict_jax.config import Config, SAEConfig
 from crossdict_jax.dictionaries import base
 from crossdict_jax.dictionaries import train as training
 from crossdict_jax.evaluation import reconstruction
@@ -176,6 +177,15 @@ def test_both_starts_are_trained_on_the_rows_of_the_run(run, tmp_path):
     d = dictionaries.load(Workdir(tmp_path).dictionary("a", SITE))
     figures, _ = reconstruction.figures(d, store, "a", SITE, config)
     assert rows["a"]["fvu_random"] == pytest.approx(figures["fvu"], rel=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"width": F + 1}, {"k": K + 1}, {"architecture": "relu"}])
+def test_dictionaries_of_another_kind_or_size_start_no_training(settings, capsys):
+    train = SimpleNamespace(source=SimpleNamespace(dictionary=fresh("topk")))
+    problems = {maps.Task("a", "b", SITE, SITE, "", "aligned"): SimpleNamespace(train=train)}
+    config = Config(sae=SAEConfig(**{"width": F, "k": K} | settings))
+    assert measure.compare_starts(problems, config, None, None) == []
+    assert "no start of a training" in capsys.readouterr().out
 
 
 def test_a_goal_is_reached_where_the_curve_first_gets_there():

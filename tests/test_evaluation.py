@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_run
 from planted_store import kill_in_save
+from scipy.spatial.distance import jaccard
 from test_matching import codes, slow_correlations
 from tiny_run import refused
 
@@ -56,11 +57,6 @@ def slow_rank(predicted, target, i):
     return 1 + sum(slow_cosine(predicted[i], target[j]) >= own - 1e-7 for j in others)
 
 
-def slow_jaccard(p, t):
-    a, b = set(np.flatnonzero(p > 0)), set(np.flatnonzero(t > 0))
-    return len(a & b) / len(a | b) if a | b else 1.0
-
-
 def slow(predicted, target, mean):
     p, t, m = (np.asarray(x, np.float64) for x in (predicted, target, mean))
     n = range(len(t))
@@ -78,7 +74,7 @@ def slow(predicted, target, mean):
         "feature_correlation": np.diag(slow_correlations(p, t))[t.std(0) > 0],
         "l0_target": [(t[i] > 0).sum() for i in n],
         "l0_predicted": [(p[i] > 0).sum() for i in n],
-        "sparsity_similarity": [slow_jaccard(p[i], t[i]) for i in n],
+        "sparsity_similarity": [1 - jaccard(p[i] > 0, t[i] > 0) for i in n],
     }
     counts["rate_correlation"] = np.corrcoef((p > 0).mean(0), (t > 0).mean(0))[0, 1]
     counts["r2_per_feature_median"] = np.median(feature_r2)

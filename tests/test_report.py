@@ -295,12 +295,12 @@ def test_markup_is_shown_as_text(tmp_path):
     single = [row | contexts for row in single_feature_rows()[:2]]
     write_jsonl(work.result("feature_transfer.jsonl"), single)
     config = Config(models=models)
-    config.text.source = "<em>text"
+    config.text.source, config.sae.sources = "<em>text", ("<i>folder", "train")
     path = write_report(config, work, sections=[("<title>", "<p>its own html</p>")])
     page = Page(path.read_text(encoding="utf-8"))
     assert not page.tags & {"b", "i", "script", "u", "img", "em"}
     shown = ['What do a<b>&"c and $x_1$ --> share?', script, "· <i>run", "<em>text"]
-    for words in (*shown, "<u>«<img src=x>»</u>", "<title>", "its own html"):
+    for words in (*shown, "<u>«<img src=x>»</u>", "<title>", "its own html", "<i>folder; topk"):
         assert words in page.text
 
 
@@ -320,8 +320,9 @@ def test_the_best_stitch_is_the_one_that_wins_back_most_of_what_the_mean_costs()
     for row in rows:
         if row["control"] == "mean" and row["target"] == "docs-gpt2":
             row["loss_recovered"] = 0.84  # every map looks good against zero here
+        row["site_edited"] = "mlp_out.6"  # of a transcoder
     sentence = answer.to_what_effect(stitchings(rows))
-    assert "put into docs-neox resid_pre.6, recovers" in sentence
+    assert "put into docs-neox mlp_out.6, recovers" in sentence
     assert sentence.replace("\u00a0", " ").endswith("of what the mean costs it wins back 62.4 %.")
     rows = [r | {"loss_recovered": 0.9} if r["pairing"] == "shuffled" else r for r in rows]
     assert answer.to_what_effect(stitchings(rows)).startswith("Negative result: even the best")
@@ -365,11 +366,12 @@ def test_a_shuffled_map_that_beats_the_mean_is_a_warning(tmp_path):
 def test_a_diverged_dictionary_is_a_warning_everywhere(tmp_path, capsys):
     work = write_required(tmp_path, layers=(5, 6))
     rows = reconstruction_rows(layers=(5, 6))
-    rows[0]["fvu"] = 812.5  # docs-gpt2 resid_pre.5
+    rows[0] |= {"fvu": 812.5, "site_output": "mlp_out.5"}  # docs-gpt2 resid_pre.5
     write_jsonl(work.result("reconstruction.jsonl"), rows)
     page = page_of(work)
     assert "Training has diverged (FVU far above 1)" in page.text
     first = page.tables["Every dictionary on held-out text"][1]
+    assert "resid_pre.5 to mlp_out.5" in first
     assert "812.5 ⚠ diverged" in " ".join(" ".join(first).split())
     summary_table(work)
     out = capsys.readouterr().out

@@ -127,6 +127,7 @@ ROWS = b"".join(json.dumps({"text": s}).encode() + b"\n" for s in STORIES)
         ("empty.txt", b"", "empty file"),
         ("blank.txt", b" \n\n \n", "gave 0 documents"),
         ("few.jsonl", b"".join(ROWS.splitlines(True)[:2]), "split"),
+        ("book.txt", ROWS, r"split test; lower text\.max_bytes=2048, the length"),
         ("rows.csv", b"text\n", r"\.txt \.jsonl \.parquet"),
         ("column.jsonl", ROWS + b'{"id": 1, "body": "x"}\n', "line 61 .*'text'.*'id', 'body'"),
         ("type.jsonl", ROWS + b'{"text": 5}\n', "line 61.*int"),

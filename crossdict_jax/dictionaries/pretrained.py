@@ -98,7 +98,7 @@ def check_names(said: dict[str, str], path: str, model: str, site: Site, written
     short = [part.removesuffix("-small") for part in model.lower().split("/")]  # gpt2-small is gpt2
     theirs = said.get("model_name", "")
     name = theirs.lower().rstrip("/").rpartition("/")[2].removesuffix("-small")
-    same = _same_weights(theirs, model)
+    same = _same_weights(theirs, model) if theirs else None
     if same is None:
         same = not name or name in short
     if not same:
@@ -110,13 +110,13 @@ def check_names(said: dict[str, str], path: str, model: str, site: Site, written
         )
 
 
-def _same_weights(*models: str) -> bool | None:
+def _same_weights(theirs: str, ours: str) -> bool | None:
     """Returns whether two folders hold the same weights; None where one of them holds none."""
+    folders = (Path(os.path.expanduser(model)) for model in (theirs, ours))
     try:
-        folders = [Path(os.path.expanduser(model)) for model in models if model]
-        a, b = ([*sorted(folder.glob("*.safetensors"))] for folder in folders)
+        a, b = (sorted(folder.glob("*.safetensors")) for folder in folders)
         same = [file.name for file in a] == [file.name for file in b]
-        same = same and all(filecmp.cmp(*pair, shallow=False) for pair in zip(a, b))
-    except (OSError, ValueError):  # or is no path at all
+        same = same and all(p.samefile(q) or filecmp.cmp(p, q, shallow=False) for p, q in zip(a, b))
+    except (OSError, ValueError):  # a name that no path can have
         return None
     return same if a and b else None

@@ -144,8 +144,8 @@ def compare_starts(
     for task, problem in problems.items():
         member, *_ = members(config.sae, [(task.target, task.site_target)])
         a = problem.train.source.dictionary
-        k = getattr(a, "k", member.k)
-        if (architecture_of(a), a.width, k) != (config.sae.architecture, member.width, member.k):
+        alike = architecture_of(a) == config.sae.architecture and a.width == member.width
+        if not alike or ("k" in a.reads and a.k != member.k):
             say(f"{task.label}: no start of a training, since sae.* is of another kind or size")
             continue
         scale = activation_scale(problem.train.target.x)
