@@ -9,8 +9,11 @@ from functools import partial, wraps
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from crossdict_jax.errors import UserError
 
 Params = dict[str, Any]
 SWITCHES = {  # of JAX: what every number here is defined by, whatever a caller has set
@@ -96,6 +99,13 @@ def padded(rows: np.ndarray, size: int) -> np.ndarray:
     """Returns ``rows`` padded to ``size`` with its last row: one compiled shape for all."""
     missing = size - len(rows)
     return np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
+
+
+def rows(x: Any, size: int, name: str = "x") -> jax.Array:
+    """Returns x as float32 [batch, size]; UserError for another shape."""
+    if (shape := jnp.shape(x))[1:] != (size,):
+        raise UserError(f"{name} must be [batch, {size}], not {list(shape)}; reshape it.")
+    return jnp.asarray(x, jnp.float32)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -245,7 +245,8 @@ SCORES = (
         cosine_mean_predictor="the same for the training mean in place of the prediction",
         cosine_centered="the same after the training mean is taken from both",
         top1="share of predictions whose own target is the nearest in the pool; chance 1 / pool",
-        mean_rank="mean rank of the own target in the pool, from 1; chance (pool + 1) / 2",
+        mean_rank="mean rank of the own target in the pool, from 1; chance (pool + 1) / 2; ties "
+        "rank last, so a prediction of zeros does",
         feature_correlation="mean over live features of the correlation of predicted and true",
         l0_target="active features per row of the target",
         l0_predicted="active features per row of the prediction",
@@ -254,7 +255,7 @@ SCORES = (
     ),
     Column(
         "verdict",
-        "by paired bootstrap differences to the baselines",
+        "by paired bootstrap differences to the baselines; null: one document has no interval",
         values=(BEATS_TOKEN, BEATS_MEAN, NO_BETTER),
     ),
     *intervals(
@@ -359,7 +360,8 @@ describe(
     live_source="of these, those with at least minimum_firings",
     live_target="of these, those with at least minimum_firings",
     matched="pairs by correlation on training rows",
-    significant="of these, correlated beyond circular shifts on held-out rows at fdr",
+    significant="of these, correlated beyond circular shifts on held-out rows at fdr; null, as "
+    "what follows from it: no shift leaves all documents",
     strong="of these, correlated by at least minimum_r",
     confirmed="of these, correlated beyond shuffles among rows with equal tokens",
     fdr="false discovery rate",

@@ -27,6 +27,7 @@ AGAIN = "delete it and run its stage again"
 COPY = "restore it from a copy, or name a new --workdir"
 NOT_UNDERSTOOD = (ArithmeticError, AttributeError, EOFError, FileNotFoundError, LookupError)
 NOT_UNDERSTOOD += (SyntaxError, TypeError, ValueError, tokenize.TokenError)  # by numpy: headers
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LOCK = ".lock"  # in a work directory: who works there
 MEASURED = "autotuning"  # there: which kernels a GPU's compiler chose
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -39,6 +40,11 @@ def say(text: str) -> None:
     """Prints a line of progress, unless ``--verbosity`` is -2 or below."""
     if logging.get_verbosity() >= logging.WARNING:
         print(text, flush=True)
+
+
+def spelled(text: str) -> str:
+    """Returns text with control characters as \\xNN: a terminal obeys them."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 say_once = functools.cache(say)  # what several stages would say again

@@ -178,10 +178,12 @@ def missed(expectations: Sequence[Expectation], work: Workdir) -> int:
     for expected in expectations:
         with understood(work.results):
             value = expected.obtained(work)
-        met = "met" if expected.low <= value <= expected.high else "MISSED"
+        near = value is not None and expected.low <= value <= expected.high
         allowed = f"{expected.low:g} to {expected.high:g}"
         cells = {"what": expected.words, "published": expected.published, "allowed": allowed}
-        rows.append(cells | {"obtained": f"{value:.4g}", "": met, "source": expected.source})
+        shown = "undefined" if value is None else f"{value:.4g}"
+        cells |= {"obtained": shown, "": "met" if near else "MISSED"}
+        rows.append(cells | {"source": expected.source})
     show([table("Expected", rows)])
     return sum(row[""] == "MISSED" for row in rows)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control
 from test_models import NARROW_LLAMA
-from tiny_run import refused
+from tiny_run import changed, refused
 
 from crossdict_jax import models, stats
 from crossdict_jax.causal import effects
@@ -229,6 +229,19 @@ def test_norms_are_what_they_say_and_a_budget_is_found_on_the_dose_curve():
     np.testing.assert_allclose(values[0], [0.5, 1.0])
 
 
+def test_every_map_has_its_own_norm_and_controls_of_it(experiment):
+    config = changed(CONFIG, intervention__norm="mapped", intervention__alphas=(1.0,))
+    kinds = {name: experiment.mapped[name] for name in ("ridge", "noise")}
+    both, *alone = (
+        effects.measure(dataclasses.replace(experiment, mapped=mapped), config, 0)["directions"]
+        for mapped in (kinds, *({name: of_map} for name, of_map in kinds.items()))
+    )
+    for name, of_map in zip(kinds, alone):
+        for key in ("effect", "kl", "null_random", "null_shuffled"):
+            np.testing.assert_allclose(both[name][key], of_map[name][key], atol=1e-6)
+    assert both["ridge"]["null_random"] != both["noise"]["null_random"]
+
+
 def test_p_values_of_nothing_are_uniform():
     rng = np.random.default_rng(0)
     draws = rng.normal(size=(200, 12, 17))
@@ -254,6 +267,7 @@ def test_tokens_are_translated_by_their_bytes():
     assert Translation(a, b).to_b(3) == 3  # the longest that it begins with
     again = Translation((b"s", b"!"), (b"s", b"!", b"s"), fallback_b=frozenset({0, 1}))
     assert [again.to_b(i) for i in range(2)] == [2, 1]  # a byte is what is written
+    assert Translation((b"\x1b[\x0em ",), b).text("a", 0) == "\\x1b[\\x0em "  # terminals obey them
     assert found.has_text.tolist() == [False, True, True, True, False, True, True]
 
 

@@ -227,7 +227,10 @@ def test_rows_of_every_kind(run):
     _, work = run
     preferences = rows_of(work, "preference")
     assert [row["model"] for row in preferences] == ["a", "b"]
+    accuracy = study._share("accuracy", np.array([True] * 4))  # resamples of four of four agree
+    assert 0.39 < accuracy["accuracy_low"] < 0.4 and accuracy["accuracy_high"] == 1
     for row in preferences:
+        assert row["prefers"] == (row["accuracy_low"] > 0.5)
         assert (row["n_pairs"], row["n_in_file"]) == (16, 31)
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
     sites = [(model, "resid_pre.1") for model in "ab"]

@@ -61,6 +61,8 @@ def test_a_run_is_converted_whole_and_names_its_hooks(tiny, tmp_path):
         assert Path(about["model_name"]).name == folder.parents[1].name
         own = base.load(work.root / folder.relative_to(tmp_path))
         same_features(own, dictionaries.load(folder))
+    named = ConvertConfig(source=str(work.root), model_name="m")
+    refused("is a run, which knows .* out --config.model_name=m", convert, named, Workdir(tmp_path))
     run = shutil.copytree(work.root, tmp_path / "run")
     next((run / "dictionaries").glob("*/*/seed-0/*.sha256.json")).unlink()  # as after a kill
     refused("holds no finished", convert, ConvertConfig(source=str(run)), Workdir(tmp_path / "c"))

@@ -54,6 +54,7 @@ def test_encode_decode_in_raw_units_and_again_after_saving(architecture, d_out, 
     missing = np.isnan(again.encode(x.at[3].set(jnp.nan))).any(axis=1)
     assert missing[3] and missing.sum() == 1  # not as a row without features
     refused(r"x must be \[batch, 6\], not \[1, 32, 6\]", d.encode, x[None])
+    refused(r"f must be \[batch, \d+\], not", d.decode, f[0])
     assert (again.d_model, again.d_out, again.transcodes) == (6, d_out or 6, bool(d_out))
     assert checkpoint.load_meta(tmp_path / "d")["note"] == "kept"
 

@@ -1,5 +1,6 @@
 """Held-out metrics: against slow definitions, on planted answers, and from a finished run."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -214,6 +215,8 @@ def test_the_verdict_needs_more_than_the_token():
     mean = scored(np.broadcast_to(target[:1000].mean(0), target.shape), target)
     assert verdict(better, tokens) == BEATS_TOKEN and verdict(tokens, tokens) == BEATS_MEAN
     assert verdict(worse, tokens) == BEATS_MEAN and verdict(mean, tokens) == NO_BETTER
+    one = better.estimates | {"r2": stats.Estimate(0.5, np.zeros(0))}  # of one document
+    assert verdict(dataclasses.replace(better, estimates=one), tokens) is None
 
 
 def test_where_the_token_determines_the_target_there_is_no_context_to_gain():

@@ -33,6 +33,7 @@ def work(tmp_path):
         ({"map": "mean"}, "ce", 7.5),  # of several rows the mean
         ({"map": "ridge", "pairing": "aligned"}, "ce - ce_clean", 0.5),
         ({"map": "mean"}, "ce - ce_clean", 6.0),  # a row without one of them does not count
+        ({"map": "mean", "ce": 7.0}, "ce_clean", None),
     ],
 )
 def test_the_number_of_the_rows_that_are_meant(where, key, value, work):

@@ -11,7 +11,7 @@ from test_launch import launch
 from tiny_run import ROOT
 
 # From the ground up: a room may use those of lower floors, and itself.
-ROOMS = """errors modules stats / workdir / results / config / training / ops / models
+ROOMS = """errors stats / modules workdir / results / config / training / ops / models
     / activations / dictionaries pretraining / maps / evaluation causal / report / studies
     / benchmark verify / compile / launch"""
 FLOOR = {room: n for n, rooms in enumerate(ROOMS.split("/")) for room in rooms.split()}

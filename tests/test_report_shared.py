@@ -93,6 +93,13 @@ def test_every_measure_has_its_heat_map_in_words(html, page):
     assert all("highest 0.90 at resid_pre.0; shuffled rows 0.00 on average" in w for w in maps)
 
 
+def test_matches_without_a_test_are_neither_confirmed_nor_refuted(tmp_path, capsys):
+    work = write_required(tmp_path, layers=(2,))
+    write_jsonl(work.result("matching.jsonl"), matching_rows(2, None, None))
+    summary_table(work)
+    assert "Matched features could not be put to the test" in capsys.readouterr().out
+
+
 def test_proposed_layers_can_be_copied(page, run, capsys):
     assert "--config.layer_pairs=2:3" in page.text
     assert "have a mean CKA of 0.80; those of this run 0.70" in page.text

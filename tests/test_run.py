@@ -96,12 +96,17 @@ def test_effects_are_those_of_the_plain_model(lm, runner, passages, kind, layers
         assert np.abs(alone.ce - effect.ce).max() > 0.05
 
 
-def test_the_models_activations_change_nothing(runner, passages):
-    site = Site(1)
+def test_the_models_activations_change_nothing(runner, passages, monkeypatch):
+    site, passes, dispatch = Site(1), [], runner.dispatch
     x = runner.read_at(passages, [site])[0]
-    replacements = {"clean again": x, "zero": np.zeros(8, np.float32)}
+    monkeypatch.setattr(
+        runner, "dispatch", lambda f, *a, **k: passes.append(f) or dispatch(f, *a, **k)
+    )
+    replacements = {"clean again": x, "zero": np.zeros(8, np.float32), "equal": x.copy()}
     effects = runner.splice(passages, site, replacements)
     clean = effects["clean"]
+    assert passes.count(run._edited) == 2 * passes.count(run._clean) > 0  # equal ones are read once
+    assert (effects["equal"].kl == effects["clean again"].kl).all()
     np.testing.assert_allclose(effects["clean again"].ce, clean.ce, atol=1e-6)
     np.testing.assert_allclose(effects["clean again"].kl, 0, atol=1e-6)
     assert np.abs(effects["zero"].ce - clean.ce).max() > 0.1 and (clean.kl == 0).all()

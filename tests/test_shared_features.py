@@ -12,7 +12,7 @@ from crossdict_jax.activations.store import open_store
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.evaluation import evaluate, matching
 from crossdict_jax.evaluation.representations import representation_rows
-from crossdict_jax.evaluation.shared_features import dictionary_pairs, shared_features
+from crossdict_jax.evaluation.shared_features import shared_features
 from crossdict_jax.evaluation.similarity import MEASURES, Geometry
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.fit import Loader
@@ -74,6 +74,15 @@ def test_every_pair_of_dictionaries_has_its_funnel(matched, run):
     assert rows[1]["significant"] == 0 and abs(rows[1]["r_test"]) < 0.1 < rows[0]["r_test"]
 
 
+def test_without_a_shift_that_leaves_the_documents_nothing_is_confirmed_nor_refuted(run):
+    rows = dataclasses.replace(run.store.rows, document=np.zeros_like(run.store.rows.document))
+    one = Loader(run.config, dataclasses.replace(run.store, rows=rows), run.work)
+    rows = shared_features(PAIR, one)
+    counts = ("significant", "strong", "confirmed", "null", "r_test_confirmed")
+    assert {row[name] for row in rows["matching.jsonl"] for name in counts} == {None}
+    assert {row["p"] for row in rows["matches.jsonl"]} == {None}
+
+
 def test_matches_say_what_the_dictionaries_do(matched, run):
     rows, funnel = matched["matches.jsonl"], matched["matching.jsonl"][0]
     assert len(rows) == funnel["matched"] == len({row["feature_source"] for row in rows})
@@ -112,13 +121,6 @@ CHANGES += [("fdr", 1e-9, "significant")]
 def test_every_setting_matters(matched, run, setting, value, column):
     changed = run.matched(**{setting: value})["matching.jsonl"]
     assert changed[0][column] != matched["matching.jsonl"][0][column]
-
-
-def test_a_pair_of_dictionaries_is_compared_once(run):
-    store = dataclasses.replace(run.store, models=("a", "b", "c"))
-    config = dataclasses.replace(run.config, layer_pairs="0:1,1:1")
-    pairs = [(p.source, p.target, p.site_source.layer) for p in dictionary_pairs(config, store)]
-    assert pairs == [("a", "b", 0), ("a", "b", 1), ("a", "c", 0), ("a", "c", 1), ("b", "c", 1)]
 
 
 def test_every_layer_is_compared_with_every_other(run, matched):

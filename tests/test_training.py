@@ -97,6 +97,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     assert_close(fit(tmp_path / "a"), fit(tmp_path / "b"))
 
 
+def test_a_save_leaves_what_is_not_a_checkpoint(tmp_path):
+    for name in ("thesis", "notes", "3", "7.orbax-checkpoint-tmp-1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes.sha256.json").touch()
+    checkpoint.save(tmp_path, 1, params={"w": np.zeros(1)})
+    kept = {"thesis", "notes", "notes.sha256.json", "1", "1.sha256.json"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
 def test_a_half_written_checkpoint_is_not_used(tmp_path):
     whole = fit(tmp_path / "a", steps=300)
     np.testing.assert_allclose(whole["w"], TRUTH, atol=0.01)

@@ -134,14 +134,16 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
         raise UserError(f"Feature {feature} does not fire at any of the positions read.")
     draws = stats.draw(e.documents[rows], count=config.evaluation.bootstrap, seed=config.seed)
     doses, words, sides = np.array(sorted(settings.alphas)), e.translation, (e.source, e.target)
-    mapped = next(iter(e.mapped.values())).vectors[i]
-    mean = e.strength[rows, i].mean()
-    added = (float(mean * np.linalg.norm(v)) for v in (e.directions[i], mapped))
-    norm_a, norm_b = dose_norms(settings.norm, tuple(s.median_norm for s in sides), *added)
+    mean, medians = e.strength[rows, i].mean(), tuple(side.median_norm for side in sides)
+    in_a, *in_maps = (
+        float(mean * np.linalg.norm(v))
+        for v in (e.directions[i], *(of_map.vectors[i] for of_map in e.mapped.values()))
+    )
+    norms = [dose_norms(settings.norm, medians, in_a, in_map) for in_map in in_maps]
     span = LONGEST_SPAN if settings.span == "whole" else 1
     edited = None if settings.positions == "prompt" else span
     held = [side.hold(rows, size=settings.contexts, span=edited) for side in sides]
-    dose = norm_a * doses[len(doses) // 2] * normalised(e.directions[i])
+    dose = norms[0][0] * doses[len(doses) // 2] * normalised(e.directions[i])
     promoted = promoted_tokens(held[0], dose, words.has_text)
     in_b = words.weights_in_b(promoted, below=e.target.runner.config.vocab_size)
 
@@ -151,25 +153,27 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
     others = stats.generator(config.seed + 1, feature).permutation(others)[:n]
     directions: dict[str, dict] = {}
     if in_b:
-        groups = {"random": generator.normal(size=(n, len(mapped)))}
-        for name, of_map in e.mapped.items():
-            groups[name, "itself"] = of_map.vectors[[i]]
-            groups[name, "shuffled"] = of_map.vectors[others]
-        unit = normalised(np.concatenate(list(groups.values())))
-        vectors = norm_b * unit[:, None, :] * doses[None, :, None]
-        flat = vectors.reshape(-1, len(mapped))
+        random, groups = generator.normal(size=(n, e.target.texts.shape[-1])), {}
+        for (name, of_map), (_, norm) in zip(e.mapped.items(), norms):
+            groups["random", norm] = norm, random  # the same for maps of one norm
+            groups[name, "itself"] = norm, of_map.vectors[[i]]
+            groups[name, "shuffled"] = norm, of_map.vectors[others]
+        exact = ((norm, group.astype(np.float64)) for norm, group in groups.values())
+        units = [norm * normalised(group)[:, None, :] for norm, group in exact]
+        vectors = np.concatenate(units) * doses[None, :, None]
+        flat = vectors.reshape(-1, vectors.shape[-1])
         # [change of log p of the tokens and KL, in nats; vectors, doses, contexts]
         curves = np.stack(held[1].changes(flat, in_b, limit=PROMOTED))
         curves = curves.astype(np.float64).reshape(2, *vectors.shape[:2], -1)
-        ends = np.cumsum([len(group) for group in groups.values()])
+        ends = np.cumsum([len(unit) for unit in units])
         parts = dict(zip(groups, np.split(curves, ends[:-1], axis=1)))
         held = [
             side.hold(rows, size=settings.contexts, span=span, reads=LONGEST_SPAN, same_texts=h)
             for side, h in zip(sides, held)
         ]
         removals = _removals(e, i, rows, held, draws, others[:ABLATED_CONTROLS])
-        for name, removal in removals.items():
-            controls = {"random": parts["random"], "shuffled": parts[name, "shuffled"]}
+        for (name, removal), (_, norm) in zip(removals.items(), norms):
+            controls = {"random": parts["random", norm], "shuffled": parts[name, "shuffled"]}
             effects = _effects(parts[name, "itself"][:, 0], controls, doses, draws)
             directions[name] = effects | removal
     record = {

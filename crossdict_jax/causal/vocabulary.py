@@ -9,6 +9,7 @@ import numpy as np
 
 from crossdict_jax.activations import pairing
 from crossdict_jax.errors import UserError
+from crossdict_jax.workdir import spelled
 
 BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # the token of a single byte
 
@@ -68,9 +69,9 @@ class Translation:
         return in_b
 
     def text(self, side: str, token: int) -> str:
-        """Returns a token of side "a" or "b" as text; bytes that are no text as \\xNN."""
+        """Returns a token of side "a" or "b" as text; bytes that do not print as \\xNN."""
         pieces = self.pieces_a if side == "a" else self.pieces_b
-        return pieces[token].decode(errors="backslashreplace")
+        return spelled(pieces[token].decode(errors="backslashreplace"))
 
 
 def translation(tokenizer_a, tokenizer_b) -> Translation:

@@ -33,19 +33,20 @@ class Expectation:
     source: str
     where: dict[str, Any] = field(default_factory=dict)
 
-    def obtained(self, work: Workdir) -> float:
-        """Returns the run's number; UserError if no row has it."""
-        first, *others = self.key.split(" - ")
-        values = [
-            row[first] - sum(row[other] for other in others)
-            for row in read_jsonl(work.result(self.file))
-            if self.where.items() <= row.items()
-            and all(row.get(key) is not None for key in (first, *others))
-        ]
-        if not values:
+    def obtained(self, work: Workdir) -> float | None:
+        """Returns the run's number, None if it is undefined; UserError if no row has it."""
+        first, *others = keys = self.key.split(" - ")
+        rows = [r for r in read_jsonl(work.result(self.file)) if self.where.items() <= r.items()]
+        rows = [row for row in rows if row.keys() >= {*keys}]
+        if not rows:
             asked = ", ".join(f"{name}={value}" for name, value in self.where.items())
             raise UserError(
                 f"{work.result(self.file)} has no row with {asked} and a {self.key}; run every "
                 "stage with the settings of the file that expects it."
             )
-        return statistics.fmean(values)
+        values = [
+            row[first] - sum(row[other] for other in others)
+            for row in rows
+            if all(row[key] is not None for key in keys)
+        ]
+        return statistics.fmean(values) if values else None

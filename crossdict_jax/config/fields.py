@@ -51,7 +51,7 @@ MAP_HEADS = ("relu", "topk", "jumprelu")  # as in maps/network.py, which is slow
 MATMUL = "Inputs of matrix products; auto: bfloat16 on GPU and TPU, float32 on CPU"
 CHECKPOINTS = "Training steps between checkpoints; multiples of 50 give the same results"
 MAPS = "Maps to use, of map.kinds"
-NORM = "What 1 means in alphas: median norm of the residual, or a norm of the direction"
+NORM = "What 1 means in alphas: median norm of the site's activations, or a norm of the direction"
 HUB = "hub:OWNER/NAME[/FOLDER]"
 
 
@@ -230,7 +230,7 @@ class ParetoConfig:
     """Which dictionaries make the curves of L0 against FVU: launch.pareto."""
 
     architectures: Names = optional("Kinds of dictionary; blank: all", one_of(*architectures()))
-    k: Ints = optional("Values of k; blank: 1/4, 1/2, 1 and 2 times sae.k", at_least(1))
+    k: Ints = optional("k on the run's text; blank: 1/4, 1/2, 1 and 2 times sae.k", at_least(1))
     penalties: Numbers = setting((0.25, 0.5, 1.0, 2.0, 4.0), "Shares of the usual penalty", ABOVE_0)
 
 

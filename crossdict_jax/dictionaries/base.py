@@ -124,7 +124,8 @@ class Dictionary(modules.Plain):
 
     def decode(self, f: jax.Array) -> jax.Array:
         """Returns raw activations x_hat, float32 [batch, d_out], of features [batch, width]."""
-        u_hat = exact(jnp.asarray(f, jnp.float32), self.W_dec[...]) + self.b_dec[...][None, :]
+        f = modules.rows(f, self.width, "f")
+        u_hat = exact(f, self.W_dec[...]) + self.b_dec[...][None, :]
         return u_hat / (self.scale_out if self.transcodes else self.scale)[...]
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -138,9 +139,7 @@ class Dictionary(modules.Plain):
 
         ``y`` are raw rows [batch, d_out] that a transcoder is to predict.
         """
-        if (shape := jnp.shape(x))[1:] != (self.d_model,):
-            raise UserError(f"x must be [batch, {self.d_model}], not {list(shape)}; reshape it.")
-        u = jnp.asarray(x, jnp.float32) * jax.lax.stop_gradient(self.scale[...])
+        u = modules.rows(x, self.d_model) * jax.lax.stop_gradient(self.scale[...])
         if y is None:
             return u, u
         return u, jnp.asarray(y, jnp.float32) * jax.lax.stop_gradient(self.scale_out[...])

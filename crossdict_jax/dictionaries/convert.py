@@ -30,7 +30,12 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
     if config.push:
         hub.parse(config.push)
     root, written, items = Path(os.path.expanduser(config.source)), [], []
+    asked = {"model_name": config.model_name, "hook_name": config.hook_name}
     if (root / "dictionaries").is_dir() and (root / "config.json").is_file():
+        if extra := [f"--config.{key}={value}" for key, value in asked.items() if value]:
+            raise UserError(
+                f"{root} is a run, which knows its own; leave out {' and '.join(extra)}."
+            )
         models = read_json(root / "config.json").get("models")
         if not isinstance(models, list) or not all(isinstance(path, str) for path in models):
             raise UserError(
@@ -56,7 +61,6 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
             root = Path(hub.parse(config.source)[1])
         name = Path(os.path.abspath(root)).name or "dictionary"
         items.append((config.source, name, formats.names(config.source)))
-    asked = {"model_name": config.model_name, "hook_name": config.hook_name}
     for source, name, said in items:
         dictionary, folder = formats.load(source), work.dictionaries / name
         names = said | {key: value or said.get(key) for key, value in asked.items()}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from crossdict_jax import modules
 from crossdict_jax.dictionaries.base import Dictionary
 from crossdict_jax.ops import exact, kth_largest
 
@@ -45,11 +46,11 @@ class Normed(Dictionary):
     """
 
     def encode(self, x: jax.Array) -> jax.Array:
-        mean, factor, _ = self.row_norm(jnp.asarray(x, jnp.float32))
+        mean, factor, _ = self.row_norm(x := modules.rows(x, self.d_model))
         return super().encode((x - mean) * factor)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        mean, _, undo = self.row_norm(jnp.asarray(x, jnp.float32))
+        mean, _, undo = self.row_norm(modules.rows(x, self.d_model))
         return self.decode(self.encode(x)) * undo + mean
 
 

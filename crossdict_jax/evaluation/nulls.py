@@ -18,6 +18,16 @@ SHUFFLES = 99  # within equal tokens: beating them all by chance has p = 0.01
 TIES = 1e-9  # relative difference of two orders of summation
 
 
+def shifts(documents: np.ndarray) -> np.ndarray:
+    """Returns which circular shifts of rows of documents [n] move every row to another document.
+
+    Bool, by the length of the shift; n or a little less, as FFTs have fast lengths.
+    """
+    n = prev_fast_len(len(documents), real=True) if len(documents) else 0
+    longest = np.unique(documents, return_counts=True)[1].max(initial=0)
+    return (np.arange(n) >= longest) & (np.arange(n) <= n - longest)
+
+
 def shift_p_values(r: np.ndarray, a: Codes, b: Codes, documents: np.ndarray) -> np.ndarray:
     """Returns the p-value of each pair's correlation under circular shifts, float64 [pairs].
 
@@ -32,9 +42,7 @@ def shift_p_values(r: np.ndarray, a: Codes, b: Codes, documents: np.ndarray) -> 
     """
     firings = np.minimum(Moments.of(a).firings, Moments.of(b).firings)
     pool = np.log2(np.maximum(firings, 1)).astype(np.int64)
-    n = prev_fast_len(len(documents), real=True) if len(documents) else 0
-    longest = np.unique(documents, return_counts=True)[1].max(initial=0)
-    allowed = (np.arange(n) >= longest) & (np.arange(n) <= n - longest)
+    n = len(allowed := shifts(documents))
     members = [np.flatnonzero(pool == p) for p in np.unique(pool)]
     enough = -(-NULL_VALUES // max(n, 1))  # pairs of a pool, evenly spread
     spread = [m[np.linspace(0, len(m) - 1, min(len(m), enough)).astype(np.int64)] for m in members]

@@ -247,13 +247,15 @@ def measure(
     return Score(plain, estimates, np.where(live, r[0], np.nan), feature_r2)
 
 
-def verdict(score: Score, token: Score) -> str:
-    """Returns a map's verdict from paired bootstrap differences over documents.
+def verdict(score: Score, token: Score) -> str | None:
+    """Returns a map's verdict from paired bootstrap differences over documents; None without any.
 
     It beats the mean if its R^2 (the mean's is 0) and its centred cosine are surely above 0, and
     the token baseline if its R^2 is also surely above the token map's.
     """
     r2, centered = score.estimates["r2"], score.estimates["cosine_centered"]
+    if r2.interval[0] is None:
+        return None
     if not (r2.surely_positive and centered.surely_positive):
         return NO_BETTER
     return BEATS_TOKEN if (r2 - token.estimates["r2"]).surely_positive else BEATS_MEAN

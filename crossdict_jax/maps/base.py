@@ -301,7 +301,7 @@ class AffineMap(ActivationMap):
     """``x_B = (x_A - mean_a) W + mean_b``."""
 
     def activation(self, inputs, *, tokens=None):
-        x = jnp.asarray(inputs, jnp.float32) - self.mean_a[...][None, :]
+        x = modules.rows(inputs, len(self.mean_a[...])) - self.mean_a[...][None, :]
         return exact(x, self.W[...]) + self.mean_b[...][None, :]
 
 
@@ -314,7 +314,10 @@ def look_up(table: nnx.Dict, tokens: jax.Array | None, batch: int) -> jax.Array:
     rows = table.rows[...]
     if tokens is None:
         return jnp.broadcast_to(rows[-1:], (batch, rows.shape[1]))
-    return rows[find_tokens(table.ids[...], jnp.asarray(tokens, jnp.int32))]
+    tokens = jnp.asarray(tokens)
+    if tokens.shape != (batch,) or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise UserError(f"tokens must be {batch} whole numbers, one for each row.")
+    return rows[find_tokens(table.ids[...], tokens.astype(jnp.int32))]
 
 
 def map_class(kind: str) -> type[Map]:

@@ -78,7 +78,7 @@ class NetworkMap(Map):
         ``dtype`` is that of the products' inputs; None: float32.
         """
         base_a, base_b = self.baselines(tokens, len(f))
-        h = (jnp.asarray(f, jnp.float32) - base_a) / self.scale_a[...][None, :]
+        h = (modules.rows(f, len(self.scale_a[...])) - base_a) / self.scale_a[...][None, :]
         keys = (None, None) if key is None else jax.random.split(key)
         for linear, norm, own_key in zip(("first", "second"), ("norm_1", "norm_2"), keys):
             h, norm = _linear(self.network[linear], h, dtype), self.network[norm]

@@ -53,8 +53,8 @@ def find_folder(path_or_id: str | Path, patterns: tuple[str, ...] = MODEL_FILES)
     except Exception as error:  # offline, proxies, time-outs: each library raises its own
         raise UserError(
             f"{text!r} is no folder here, and the hub cannot be reached "
-            f"({type(error).__name__}); give the folder of a downloaded model, or use an embedded "
-            f"one ({', '.join(EMBEDDED)})."
+            f"({type(error).__name__}); give the folder of a downloaded model, use an embedded one "
+            f"({', '.join(EMBEDDED)}), or go on with a run in the folder where it was begun."
         ) from error
 
 

@@ -5,6 +5,7 @@ What varies from call to call is an argument of a compiled program, so few are c
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -334,7 +335,8 @@ class Runner:
 
         The text is read once; edited passes start from the clean activations at the lowest site.
         Several sites are replaced in one pass, in execution order: a later site is replaced, at
-        the positions, in what an earlier replacement makes of it.
+        the positions, in what an earlier replacement makes of it. Of equal replacements one is
+        read: low-rank maps may have all ranks, and shuffled pairs have the same mean.
 
         Args:
           site: where activations are replaced; a tuple for several sites at once.
@@ -347,8 +349,13 @@ class Runner:
         sites = check_sites(self.config, site, self.name)
         sites = tuple(sorted(sites, key=lambda s: (s.layer, KINDS.index(s.kind))))
         most = np.bincount(passages.window).max(initial=1)  # positions of a text
-        names, n = ("clean", *replacements), len(passages.position)
-        ce, kl = ({name: np.zeros(n) for name in names} for _ in range(2))
+        first: dict[tuple[bytes, ...], Any] = {}
+        alike = {"clean": "clean"}
+        for name, by_site in replacements.items():
+            digests = (hashlib.sha256(np.ascontiguousarray(by_site[s])).digest() for s in sites)
+            alike[name] = first.setdefault(tuple(digests), name)
+        n = len(passages.position)
+        ce, kl = ({name: np.zeros(n) for name in alike.values()} for _ in range(2))
         fit = max(1, CLEAN // (most * self.config.vocab_size)) * self.mesh.size
         parameters = sum(a.size for a in jax.tree.leaves(self._params))
         worth = 0.1 if sum(map(len, passages.tokens)) * parameters > LONG else 0.2
@@ -366,9 +373,9 @@ class Runner:
                 raise UserError(f"The logits of {self.name} overflow; copy its weights again.")
             source = passages.sources(batch.texts, batch.tokens.shape)
             edited = source >= 0
-            for name, by_site in replacements.items():
+            for name in first.values():
                 edits = [self.put(edited)]
-                for values in (by_site[s] for s in sites):
+                for values in (replacements[name][s] for s in sites):
                     x = np.zeros((*edited.shape, values.shape[-1]), np.float32)
                     x[edited] = values if values.ndim == 1 else values[source[edited]]
                     edits.append(self.put(x))
@@ -377,7 +384,7 @@ class Runner:
                     values[name][index] = np.asarray(result)[real]
             del clean, arrays  # before the next batch has its own: a probability for every token
         scored = passages.scored
-        return {name: Effect(ce[name][scored], kl[name][scored]) for name in names}
+        return {name: Effect(ce[of][scored], kl[of][scored]) for name, of in alike.items()}
 
     # Adding
 

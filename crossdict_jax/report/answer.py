@@ -18,6 +18,10 @@ from crossdict_jax.report.tables import interval, number, percent, score, share
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
 
 FEW_DOCUMENTS = 30  # below it an interval over documents says little
+DIVERGED_WORDS = (
+    "FVU is far above 1, so numbers mean nothing (training has diverged, or a loaded dictionary is "
+    "of other activations, or sae.source_codes=relu adds to its code), in"
+)
 Pick = tuple[Comparison, dict]
 
 
@@ -78,9 +82,13 @@ def _how_well(comparisons: list[Comparison]) -> str:
 
 
 def _against_what(comparisons: list[Comparison]) -> str:
-    verdicts = [line["verdict"] for c in comparisons for line in c.fitted]
+    of_maps = [line["verdict"] for c in comparisons for line in c.fitted]
+    verdicts = [verdict for verdict in of_maps if verdict]
     if not verdicts:
-        return ""
+        return of_maps and (
+            "No map was judged, as one held-out document gives no interval; raise text.documents "
+            "or text.test_fraction."
+        )
     token, mean, n_maps = *map(verdicts.count, (BEATS_TOKEN, BEATS_MEAN)), len(verdicts)
     none = f"none of the {n_maps} fitted maps beats"
     if token + mean == 0:
@@ -171,13 +179,13 @@ def cautions(run: Run, config: Config) -> list[str]:
     ]
     counts = [row["n_documents"] or FEW_DOCUMENTS for row in run.rows["transfer"]]
     n = min(counts, default=FEW_DOCUMENTS)
-    if n < FEW_DOCUMENTS:
+    if 1 < n < FEW_DOCUMENTS:
         notes.append(f"Only {n} held-out documents: the intervals over documents are rough.")
     rows = run.rows["reconstruction"]
     for key, limit, words in (
         ("dead_fraction", 0.5, "More than half of the features are dead in"),
         ("fvu", 0.5, "More than half of the variance is missed by"),
-        ("fvu", DIVERGED, "Training has diverged (FVU far above 1), and numbers mean nothing, in"),
+        ("fvu", DIVERGED, DIVERGED_WORDS),
     ):
         over = ["{model} {site} {member}".format(**r) for r in rows if (r[key] or 0) > limit]
         shown = ", ".join(over[:3] + ["…"] * (len(over) > 3))

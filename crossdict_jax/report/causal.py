@@ -47,9 +47,9 @@ def stitching_section(run: Run) -> Iterator[Block]:
         yield Panels(
             list(map(stitching_figure, together)),
             "All layer pairs of a direction at once: the target’s layers are replaced in one pass. "
-            "At paired positions a higher layer’s replacement overwrites what a lower one made of "
-            "it; the lower ones reach the output through the positions that are not paired, by "
-            "attention.",
+            "In a residual stream a higher layer’s replacement overwrites, at paired positions, "
+            "what a lower one made of it; the lower ones reach the output through the positions "
+            "that are not paired, by attention. What attention or an MLP adds to it is kept.",
         )
     cells = []
     for s in single + together:

@@ -97,11 +97,11 @@ def pairing_section(run: Run) -> Iterator[Block]:
 
 
 def fvu(row: dict) -> Cell:
-    """Returns the FVU of a dictionary, with a warning where its training has diverged."""
+    """Returns the FVU of a dictionary, with a warning where it is far above that of the mean."""
     value = row.get("fvu") or 0
     if value <= DIVERGED:
         return score(row, "fvu")
-    return Cell(f"{number(value, 1)} ⚠", "diverged", style="weak")
+    return Cell(f"{number(value, 1)} ⚠", "far above 1", style="weak")
 
 
 def dictionaries_section(run: Run) -> Iterator[Block]:

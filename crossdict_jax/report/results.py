@@ -10,7 +10,7 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.results import BASELINES, by_pair, map_order, pair_of, site_words
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 
-DIVERGED = 2.0  # FVU of a dictionary above which its training has diverged; the mean has 1
+DIVERGED = 2.0  # FVU of a dictionary above which it is of no use; the mean has 1
 # Which command writes the files without which there is nothing to report.
 WRITTEN_BY = {"pairing.json": "extract_activations"}
 WRITTEN_BY |= dict.fromkeys(("reconstruction.jsonl", "transfer.jsonl"), "evaluate")

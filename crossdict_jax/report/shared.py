@@ -21,7 +21,8 @@ def funnels(run: Run) -> list[dict]:
     merged: dict[tuple, dict] = {}
     for row in run.rows["matching"]:
         live = min(row["live_source"], row["live_target"])
-        row = row | {"share": row["confirmed"] / live if live else None}
+        confirmed = row["confirmed"]
+        row = row | {"share": confirmed / live if live and confirmed is not None else None}
         prefix = "" if row["pairing"] == "aligned" else "shuffled."
         merged.setdefault(pair_of(row), {}).update({prefix + k: v for k, v in row.items()})
     return list(merged.values())
@@ -29,9 +30,13 @@ def funnels(run: Run) -> list[dict]:
 
 def answer(run: Run) -> str:
     """Returns the sentence about matched features, "" without matching.jsonl."""
-    row = highest(funnels(run), "confirmed")
+    rows = funnels(run)
+    row = highest(rows, "confirmed")
     if not row:
-        return ""
+        return rows and (
+            "Matched features could not be put to the test: held-out text has one document, or one "
+            "of half its length; raise text.documents or text.test_fraction."
+        )
     confirmed, by_luck = row["confirmed"], row.get("shuffled.confirmed", 0)
     if confirmed <= by_luck:
         return (
@@ -107,11 +112,12 @@ def layers_section(run: Run) -> Iterator[Block]:
             "the more alike, up to 1. CKA and RSA are 0 for independent rows, SVCCA and mutual kNN "
             "are not: compare with the shuffled rows.",
         )
+    alone = "these two models" if len(run.pairing["models"]) > 2 else ""
     for row in better_layers(run):
         yield (
             f"The layers of {row['target']} that suit those of {row['source']} best by CKA, in "
             f"their order, have a mean CKA of {number(row['cka'], 2)}; those of this run "
-            f"{number(row['cka_of_run'], 2)}. To run with them:"
+            f"{number(row['cka_of_run'], 2)}. To run {alone} with them:"
         )
         yield Code(f"--config.layer_pairs={row['layer_pairs']}")
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
+from crossdict_jax.workdir import spelled
 
 NUMERIC = {*"0123456789−–●◐○", ""}  # how the text of a number begins
 # verdict -> (style, sign for who cannot see the colour, colour)
@@ -131,5 +132,5 @@ def show(tables: Iterable[Table], width: int = 160) -> None:
         for title, numeric in zip(table.titles, table.numeric):
             printed.add_column(title, justify="right" if numeric else "left")
         for row in table.rows:  # notes beside their values
-            printed.add_row(*(Text(f"{cell.text} {cell.note}".strip()) for cell in row))
+            printed.add_row(*(Text(spelled(f"{cell.text} {cell.note}".strip())) for cell in row))
         console.print(Text(table.caption, style="italic"), printed, sep="\n")

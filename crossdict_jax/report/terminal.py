@@ -2,7 +2,9 @@
 
 import textwrap
 from collections import Counter
+from pathlib import Path
 
+import crossdict_jax
 from crossdict_jax.report import causal, shared
 from crossdict_jax.report.answer import best_by_direction
 from crossdict_jax.report.inputs import coverage, fvu
@@ -122,13 +124,15 @@ def summary_table(work: Workdir) -> None:
     show([main_table(run)], WIDTH)
     for sentence in filter(None, (shared.answer(run), causal.answer(run))):
         print(textwrap.fill(sentence, WIDTH))
+    alone = " alone" if len(run.pairing["models"]) > 2 else ""
     for row in shared.better_layers(run):
         print(
-            f"{row['source']} ↔ {row['target']}: layers most alike by CKA, "
+            f"{row['source']} ↔ {row['target']}{alone}: layers most alike by CKA, "
             f"{number(row['cka'], 2)} (this run's {number(row['cka_of_run'], 2)}): "
             f"--config.layer_pairs={row['layer_pairs']}"
         )
-    print(f"All numbers: {work.results} (described in crossdict_jax/docs/results.md)")
+    described = Path(crossdict_jax.__file__).parent / "docs/results.md"
+    print(f"All numbers: {work.results} (described in {described})")
 
 
 def main_table(run: Run) -> Table:
@@ -170,7 +174,7 @@ def main_table(run: Run) -> Table:
             }
         )
     signs = ", ".join(f"{sign} {words}" for words, (_, sign, _) in VERDICTS.items())
-    signs += ", ⚠ diverged dictionary" if diverged else ""
+    signs += f", ⚠ dictionary with an FVU above {DIVERGED:g}" if diverged else ""
     if len(compared) < len(run.comparisons):
         signs += f"; each direction at the best of {len(run.comparisons)} layer pairs in all"
     return table(f"R² on held-out documents [95 %]; {signs}", rows)

@@ -29,8 +29,8 @@ def verdict(line: dict) -> tuple[str, str, str]:
     """Returns (style, sign, words) of a map's verdict; baselines have neither style nor sign."""
     if line["map"] in BASELINES:
         return "", "", "baseline"
-    style, sign, _ = VERDICTS[line["verdict"]]
-    return style, sign, line["verdict"]
+    style, sign, _ = VERDICTS.get(line["verdict"], ("", "", ""))
+    return style, sign, line["verdict"] or "no verdict"
 
 
 def transfer_section(run: Run) -> Iterator[Block]:

@@ -55,7 +55,7 @@ def finished_step(directory: Path) -> int:
 def save(directory: Path, step: int = 0, *, meta: dict | None = None, **trees) -> None:
     """Writes pytrees (``params=``, ``train=``) and ``meta`` (JSON) as checkpoint ``step``.
 
-    Older checkpoints are deleted once the new one is sealed.
+    Older checkpoints are deleted once the new one is sealed; what else lies there stays.
 
     Raises:
       UserError: there is no space, or this step is there already (orbax would keep the old one).
@@ -63,7 +63,7 @@ def save(directory: Path, step: int = 0, *, meta: dict | None = None, **trees) -
     directory, trees = Path(directory), jax.tree.map(np.asarray, trees)
     if (new := directory / f"{step}.sha256.json").is_file():
         raise UserError(f"{directory} holds checkpoint {step} already; delete it or go elsewhere.")
-    for path in directory.glob("*"):
+    for path in filter(_of_a_step, directory.glob("*")):
         if path.is_dir() and not (directory / f"{path.name}.sha256.json").is_file():
             shutil.rmtree(path)  # a kill left it half written
     # Checked first: orbax's threads print their own tracebacks when they fail.
@@ -77,9 +77,14 @@ def save(directory: Path, step: int = 0, *, meta: dict | None = None, **trees) -
         write_json(new, folder_digests(directory / str(step)))
     except OSError as error:
         raise UserError(disk_words(directory, error)) from error
-    for seal in set(directory.glob("*.sha256.json")) - {new}:
+    for seal in set(filter(_of_a_step, directory.glob("*.sha256.json"))) - {new}:
         seal.unlink()
         shutil.rmtree(directory / seal.name.split(".")[0], ignore_errors=True)
+
+
+def _of_a_step(path: Path) -> bool:
+    """Whether a name is a step's, its seal's, or of a step that is being written."""
+    return path.name.partition(".")[0].isdecimal()
 
 
 def restore(directory: Path, **abstract: Any) -> dict[str, Any]:

@@ -21,7 +21,10 @@ class Crosscoder(ActivationMap):
     fits_together = True  # joint codes that are not trained yet, in one ensemble
 
     def activation(self, inputs, *, tokens=None):
-        z = exact(jnp.asarray(inputs, jnp.float32), self.W_enc[...]) + self.b_enc[...][None, :]
+        z = (
+            exact(modules.rows(inputs, len(self.W_enc[...])), self.W_enc[...])
+            + self.b_enc[...][None, :]
+        )
         f = jnp.where(z <= self.threshold[...], 0.0, jax.nn.relu(z))
         return exact(f, self.W_dec[...]) + self.b_dec[...][None, :]
 

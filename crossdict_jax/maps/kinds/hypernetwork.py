@@ -46,7 +46,7 @@ class Hypernetwork(Map):
     fits_together = True
 
     def __call__(self, inputs, *, tokens=None):
-        f = jnp.asarray(inputs, jnp.float32) - self.mean_a[...][None, :]
+        f = modules.rows(inputs, len(self.mean_a[...])) - self.mean_a[...][None, :]
         return _apply(f, self.U[...], self.V[...], self.bias[...])
 
     @classmethod

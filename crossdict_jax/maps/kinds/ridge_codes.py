@@ -1,8 +1,8 @@
 """Ridge regression of B's features on A's, in closed form: the linear map that reads codes."""
 
 import jax
-import jax.numpy as jnp
 
+from crossdict_jax import modules
 from crossdict_jax.config import MapConfig
 from crossdict_jax.maps.base import Map, Problem, Side
 from crossdict_jax.ops import exact
@@ -20,7 +20,7 @@ class RidgeCodes(Map):
     chosen = ("penalty",)
 
     def __call__(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
-        f = jnp.asarray(inputs, jnp.float32) - self.mean_a[...][None, :]
+        f = modules.rows(inputs, len(self.mean_a[...])) - self.mean_a[...][None, :]
         return jax.nn.relu(exact(f, self.W[...]) + self.mean_b[...][None, :])
 
     @classmethod

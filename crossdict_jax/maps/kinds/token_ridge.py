@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from crossdict_jax import modules
 from crossdict_jax.config import MapConfig
 from crossdict_jax.maps.base import ActivationMap, Problem, look_up
 from crossdict_jax.maps.moments import (
@@ -34,7 +34,7 @@ class TokenRidge(ActivationMap):
     chosen = ("pseudocount", "penalty")
 
     def activation(self, inputs: jax.Array, *, tokens: jax.Array | None = None) -> jax.Array:
-        left = jnp.asarray(inputs, jnp.float32) - look_up(self.table_a, tokens, len(inputs))
+        left = modules.rows(inputs, len(self.W[...])) - look_up(self.table_a, tokens, len(inputs))
         return look_up(self.table_b, tokens, len(inputs)) + exact(left, self.W[...])
 
     @classmethod

@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 from functools import cache, partial
 
 import numpy as np
+from scipy.stats import binomtest
 
 from crossdict_jax import results, stats
 from crossdict_jax.causal.directions import MapGroup, map_groups, strengths
@@ -129,18 +130,23 @@ def _preference(study: Halves, model: str) -> dict:
     log_p = np.log((counts + 1) / (counts.sum() + len(counts)))
     sums = (np.sum(log_p[reader.tokens] * reader.scored, axis=1) for reader in readers)
     unigram = np.concatenate([of_texts[::2] - of_texts[1::2] for of_texts in sums])
-    draws = study.draws(len(values))
-    accuracy = draws.mean(values > 0)
+    accuracy, draws = _share("accuracy", values > 0), study.draws(len(values))
     return {
         "what": "preference",
         "model": model,
         "n_pairs": len(values),
         "n_in_file": len(study.pairs.good) + study.pairs.duplicates,
-        **columns("accuracy", accuracy),
-        **columns("accuracy_unigram", draws.mean(unigram > 0)),
+        **accuracy,
+        **_share("accuracy_unigram", unigram > 0),
         **columns("preference", draws.mean(values)),
-        "prefers": (accuracy.interval[0] or 0) > 0.5,
+        "prefers": accuracy["accuracy_low"] > 0.5,
     }
+
+
+def _share(name: str, of_pairs: np.ndarray) -> dict[str, float]:
+    """A share of pairs and its exact interval; all resamples of few pairs may say the same."""
+    low, high = binomtest(int(of_pairs.sum()), len(of_pairs)).proportion_ci()
+    return {name: float(of_pairs.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 def _features(study: Halves, model: str, site: Site, prefers: bool) -> dict:

@@ -48,13 +48,13 @@ TRAINING = describe(
     *PAIR_COLUMNS,
     *plain(
         error="which training error the curves show, fvu or mse",
-        steps="training steps, one per point of the curves",
+        steps="training steps, one per point of the curves: errors are means since the one before",
         random="error from random parameters",
         transferred="error from the source's dictionary",
         fvu_random="of the finished one, on test rows",
         fvu_transferred="of the finished one, on test rows",
-        steps_to_reach="first step at which the transferred start is as good as the random "
-        "one is in the end; null: never",
+        steps_to_reach="first of these steps at which the transferred start is as good as the "
+        "random one is in the end; null: never",
         saved="share of the steps that this spares",
     ),
 )
@@ -105,7 +105,9 @@ def savings_table(rows: list[dict]) -> Table:
         }
         for row in rows
     ]
-    return table("Steps until the moved start is as good as the random one ends", cells)
+    every = rows[0]["steps"][0]
+    caption = f"Steps until the moved start is as good as the random one ends (means of {every})"
+    return table(caption, cells)
 
 
 def curves(row: dict) -> Figure:

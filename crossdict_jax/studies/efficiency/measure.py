@@ -90,7 +90,7 @@ def run(config: Config, work: Workdir) -> None:
     if max(counts) > len(documents):
         raise UserError(
             f"efficiency.rows={max(counts)} is more than the {len(documents)} paired training rows "
-            "of this run; leave it out or raise text.documents."
+            f"of this run; give --config.efficiency.rows=N,… up to {len(documents)}."
         )
     settings, tasks = [identity(config), list(counts)], asked + others
     folders = [work.dictionary(task.target, task.site_target) for task in tasks]
