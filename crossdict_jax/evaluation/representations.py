@@ -102,8 +102,10 @@ def monotone_assignment(scores: np.ndarray) -> np.ndarray:
 def _decoder_row(pair: Task, matches: list[dict], seed: int, work: Workdir) -> dict:
     """How alike the decoder directions of confirmed matches lie in both models."""
     columns = pair_columns(pair)
-    confirmed = [m for m in matches if m["confirmed"] and columns.items() <= m.items()]
-    row = {"kind": "decoders"} | columns | {"n_features": len(confirmed)}
+    of_pair = [m for m in matches if columns.items() <= m.items()]
+    confirmed = [m for m in of_pair if m["confirmed"]]
+    tested = all(m["confirmed"] is not None for m in of_pair)
+    row = {"kind": "decoders"} | columns | {"n_features": len(confirmed) if tested else None}
     if len(confirmed) <= NEIGHBOURS + 1:  # too few to have neighbours
         empty = dict.fromkeys(MEASURES)
         return row | _beside(empty, empty) | {f"{m}_p": None for m in MEASURES}
