@@ -147,7 +147,8 @@ def open_workdir(
     Args:
       usual: every setting at its default, which one had that the directory is too old to know.
       free: settings, or groups of them, that may differ from those of the directory.
-      later: likewise, until there is one of these files, or a checkpoint in one of these folders.
+      later: likewise, until there is one of these files (patterns), or a checkpoint in one of these
+        folders.
 
     Raises:
       UserError: the directory belongs to a run with other settings (each difference is named),
@@ -172,7 +173,7 @@ def open_workdir(
         unread = tuple(
             name
             for name, made in (later or {}).items()
-            if not any(_finished(work.root / each) for each in made)
+            if not any(_finished(path) for each in made for path in work.root.glob(each))
         )
         differences, changed = [], False
         for key in sorted(old.keys() | new.keys()):

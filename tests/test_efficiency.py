@@ -66,7 +66,7 @@ def test_the_networks_were_trained_on_nothing_that_they_are_asked_about(run):
 def test_what_cannot_be_asked_is_refused(run, monkeypatch):
     config, work, *_ = run
     one = changed(config, layers=(0,))
-    refused("layers give one layer pair, 0:0: none can be left out", measure.run, one, work)
+    refused("layer_pairs give one layer pair, 0:0: none can be left out", measure.run, one, work)
     many = changed(config, efficiency__rows=(8, 10**6))
     refused(
         r"rows=1000000 is more than the (\d+) .* --config.efficiency.rows=N,… up to \1",

@@ -98,12 +98,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
 
 def test_a_save_leaves_what_is_not_a_checkpoint(tmp_path):
-    for name in ("thesis", "notes", "3", "7.orbax-checkpoint-tmp-1"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "notes.sha256.json").touch()
-    checkpoint.save(tmp_path, 1, params={"w": np.zeros(1)})
-    kept = {"thesis", "notes", "notes.sha256.json", "1", "1.sha256.json"}
+    for name in ("thesis/1", "2024.old/1", "3/params", "7.orbax-checkpoint-tmp-1/x"):
+        (tmp_path / name).mkdir(parents=True)
+    save = functools.partial(checkpoint.save, tmp_path, params={"w": np.zeros(1)})
+    save(1)
+    kept = {"thesis", "2024.old", "1", "1.sha256.json"}
     assert {path.name for path in tmp_path.iterdir()} == kept
+    refused("holds checkpoint 1 already", save, 0)
+    (tmp_path / "2024/thesis").mkdir(parents=True)
+    refused("2024 is no checkpoint, but named as one", save, 2)
 
 
 def test_a_half_written_checkpoint_is_not_used(tmp_path):
@@ -111,8 +114,8 @@ def test_a_half_written_checkpoint_is_not_used(tmp_path):
     np.testing.assert_allclose(whole["w"], TRUTH, atol=0.01)
     fit(tmp_path / "b", steps=80)
     half = tmp_path / "b" / "checkpoints" / "120"
-    half.mkdir()
-    (half / "garbage").write_text("cut short")
+    (half / "params").mkdir(parents=True)
+    (half / "params" / "garbage").write_text("cut short")
     assert_close(fit(tmp_path / "b", steps=300), whole)
 
 

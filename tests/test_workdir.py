@@ -28,6 +28,8 @@ JOINT = "crosscoders/resid_pre.1--resid_pre.1/aligned"
 TRAINED = [("sae.k", "dictionaries/a/resid_pre.1/seed-0"), ("sae.k", JOINT)]  # theirs by default
 TRAINED += [("crosscoder.width", JOINT), ("map.steps", "maps/a-to-b/resid_pre.1--resid_pre.1/mlp")]
 TRAINED += [("map.ridge_penalties", "dictionaries/transfer/a/checkpoints")]
+TRAINED += [("evaluation.bootstrap", "results/probe.inputs.json")]
+TRAINED += [("intervention.contexts", "results/steering/x.jsonl")]
 
 
 @pytest.mark.parametrize(("name", "folder"), TRAINED)
@@ -40,7 +42,8 @@ def test_a_setting_may_change_until_something_is_trained_with_it(name, folder, t
     write_json(opened(7).result("pairing.json"), {})
     write_json(tmp_path / folder.partition("/")[0] / "training/x/0.sha256.json", {})
     opened(8)  # what is only begun is not
-    write_json(tmp_path / folder / "0.sha256.json", {})
+    made = tmp_path / folder
+    write_json(made if made.suffix else made / "0.sha256.json", {})
     refused(f"{name}: 8 there, 9 now", opened, 9)
 
 

@@ -42,7 +42,7 @@ class Expectation:
             asked = ", ".join(f"{name}={value}" for name, value in self.where.items())
             raise UserError(
                 f"{work.result(self.file)} has no row with {asked} and a {self.key}; run every "
-                "stage with the settings of the file that expects it."
+                "stage with the settings of the file that expects it, in a --workdir of its own."
             )
         values = [
             row[first] - sum(row[other] for other in others)

@@ -404,12 +404,15 @@ class BenchmarkConfig:
 
 # Settings of Config that no other file of a run depends on: a finished run may change them.
 FREE = ("records", "machine", "efficiency", "pareto", "contrast", "steer", "probe")
-# Settings that stages after extraction read, and what the first of them write.
-EVALUATED, TESTED = ((f"results/{n}.inputs.json",) for n in ("evaluate", "transfer_features"))
+# Settings that stages after extraction read, and what the first of them write. Whatever evaluates,
+# studies too, leaves a stamp, but for the last two.
+EVALUATED = ("results/*.inputs.json", "results/pareto.jsonl", "results/steering/*.jsonl")
+TESTED = ("results/transfer_features.inputs.json",)
 # All read settings of sae.
 TRAINED = ("dictionaries", "controls/dictionaries", "crosscoders", "pareto")
 STUDIED = ("dictionaries/transfer", "efficiency")  # fit maps of their own
-LATER = {"map": ("maps", "controls/maps", *STUDIED), "crosscoder": ("maps", "crosscoders")}
+LATER = {"map": ("maps", "controls/maps", *STUDIED)}
+LATER["crosscoder"] = ("maps", "crosscoders", "efficiency")
 LATER |= {"evaluation": EVALUATED} | {
     f"sae.{f.name}": TRAINED for f in dataclasses.fields(SAEConfig)
 }
@@ -417,6 +420,8 @@ del LATER["sae.output_site"]  # which is stored, too
 LATER |= {f"intervention.{f.name}": TESTED for f in dataclasses.fields(InterventionConfig)}
 LATER |= dict.fromkeys(("intervention.documents", "intervention.batch_size"), EVALUATED)
 LATER["intervention.span"] = ("results/intervene.inputs.json",)
+LATER["intervention.layers"] += ("results/contrast.inputs.json", "results/probe.inputs.json")
+LATER["intervention.contexts"] += ("results/steering/*.jsonl",)
 
 
 to_dict = dataclasses.asdict  # a config of any command as nested dicts of JSON values
@@ -428,7 +433,9 @@ def identity(config: Config, *, features: bool = True) -> dict:
     ``features``: whether with those that the tests of single features alone read.
     """
     tree = {name: value for name, value in to_dict(config).items() if name not in FREE}
-    names = [n for n in tree["intervention"] if features or LATER[f"intervention.{n}"] != TESTED]
+    names = [
+        n for n in tree["intervention"] if features or LATER[f"intervention.{n}"][0] not in TESTED
+    ]
     return tree | {"intervention": {n: tree["intervention"][n] for n in names}}
 
 

@@ -14,6 +14,7 @@ from crossdict_jax.training.mesh import shapes_of
 from crossdict_jax.workdir import check_space, disk_words, folder_digests, read_json, write_json
 
 OVERHEAD = 1 << 18  # bytes of a checkpoint beside its arrays, at most
+BESIDE = {"_CHECKPOINT_METADATA", "commit_success.txt", "meta"}  # the trees, in a step's folder
 OPTIONS = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False)
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
@@ -58,14 +59,25 @@ def save(directory: Path, step: int = 0, *, meta: dict | None = None, **trees) -
     Older checkpoints are deleted once the new one is sealed; what else lies there stays.
 
     Raises:
-      UserError: there is no space, or this step is there already (orbax would keep the old one).
+      UserError: there is no space, this step or a later one is there already (orbax would write
+        nothing), or another folder is named as a step is.
     """
     directory, trees = Path(directory), jax.tree.map(np.asarray, trees)
-    if (new := directory / f"{step}.sha256.json").is_file():
-        raise UserError(f"{directory} holds checkpoint {step} already; delete it or go elsewhere.")
-    for path in filter(_of_a_step, directory.glob("*")):
-        if path.is_dir() and not (directory / f"{path.name}.sha256.json").is_file():
-            shutil.rmtree(path)  # a kill left it half written
+    new, latest = directory / f"{step}.sha256.json", latest_step(directory)
+    if latest is not None and latest >= step:
+        raise UserError(
+            f"{directory} holds checkpoint {latest} already; delete it or go elsewhere."
+        )
+    for path in directory.glob("[0-9]*"):
+        number, _, rest = path.name.partition(".")
+        sealed = (directory / f"{path.name}.sha256.json").is_file()
+        if sealed or not number.isdecimal() or not path.is_dir():
+            continue
+        half = {p.name for p in path.iterdir()} <= BESIDE | trees.keys()  # as a kill leaves it
+        if rest.startswith("orbax-checkpoint-tmp") or (half and not rest):
+            shutil.rmtree(path)
+        elif not rest:
+            raise UserError(f"{path} is no checkpoint, but named as one; save to another folder.")
     # Checked first: orbax's threads print their own tracebacks when they fail.
     check_space(directory, sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) + OVERHEAD)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
@@ -77,14 +89,9 @@ def save(directory: Path, step: int = 0, *, meta: dict | None = None, **trees) -
         write_json(new, folder_digests(directory / str(step)))
     except OSError as error:
         raise UserError(disk_words(directory, error)) from error
-    for seal in set(filter(_of_a_step, directory.glob("*.sha256.json"))) - {new}:
+    for seal in set(directory.glob("[0-9]*.sha256.json")) - {new}:
         seal.unlink()
         shutil.rmtree(directory / seal.name.split(".")[0], ignore_errors=True)
-
-
-def _of_a_step(path: Path) -> bool:
-    """Whether a name is a step's, its seal's, or of a step that is being written."""
-    return path.name.partition(".")[0].isdecimal()
 
 
 def restore(directory: Path, **abstract: Any) -> dict[str, Any]:

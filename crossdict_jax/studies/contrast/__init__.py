@@ -53,8 +53,8 @@ TABLE = describe(
         **{f"p_{f}": f"share of {w} that cost as much" for f, w in FAMILIES.items()},
     ),
     *intervals(
-        accuracy="share of pairs whose good text is likelier",
-        accuracy_unigram="the same by token counts alone",
+        accuracy="share of pairs whose good text is likelier; exact binomial interval",
+        accuracy_unigram="the same by token counts alone; exact binomial interval",
         pair_r="correlation over pairs of what source and target lose",
     ),
     *intervals(

@@ -105,8 +105,8 @@ def savings_table(rows: list[dict]) -> Table:
         }
         for row in rows
     ]
-    every = rows[0]["steps"][0]
-    caption = f"Steps until the moved start is as good as the random one ends (means of {every})"
+    every = f"errors are means of {rows[0]['steps'][0]} steps or fewer"
+    caption = f"Steps until the moved start is as good as the random one ends; {every}"
     return table(caption, cells)
 
 

@@ -131,8 +131,8 @@ def left_out(config: Config, store: Store) -> tuple[list[Task], list[Task]]:
     pairs = [f"{a}:{b}" for a, b in layer_pairs(config)]
     if len(pairs) < 2:
         raise UserError(
-            f"layers give one layer pair, {pairs[0]}: none can be left out of the "
-            "hypernetwork's training; give two layers or more."
+            f"layers or layer_pairs give one layer pair, {pairs[0]}: none can be left out of the "
+            "hypernetwork's training; give two or more."
         )
     every = replace(config, map=replace(config.map, kinds=(NETWORK,)))
     middle = replace(every, layer_pairs=pairs[len(pairs) // 2])
