@@ -36,15 +36,15 @@ SAVE_AGAIN = "which is not read; save the weights as float32, float16 or, in saf
 IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
+def spelled(text: str) -> str:
+    """Returns text with control characters as \\xNN: a terminal obeys them."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def say(text: str) -> None:
     """Prints a line of progress, unless ``--verbosity`` is -2 or below."""
     if logging.get_verbosity() >= logging.WARNING:
         print(text, flush=True)
-
-
-def spelled(text: str) -> str:
-    """Returns text with control characters as \\xNN: a terminal obeys them."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 say_once = functools.cache(say)  # what several stages would say again

@@ -276,6 +276,7 @@ def test_pairs_of_other_places_are_refused(nonlinear):
     one[40] = 7, 3
     target, words = dataclasses.replace(same.target, keys=one), "Row 40 is document 2, byte 40 .*"
     refused(f"{words} document 7, byte 3 in", Pairs, same.source, target, same.documents)
+    refused("equally many rows: .*take both", Pairs, same.source, target, same.documents[:9])
 
 
 @pytest.mark.parametrize("kind", maps.map_kinds())

@@ -355,9 +355,8 @@ def test_a_shuffled_map_that_beats_the_mean_is_a_warning(tmp_path):
     assert "ridge still “beats token” (R² 0.200" in leaks and "(sae.sources)" in ceiling
     one = [row | {"n_documents": 1, "verdict": None} for row in transfer_rows()]
     write_jsonl(work.result("transfer.jsonl"), one)
-    run = read_run(work)
-    assert not answer.cautions(run, Config()) and "no verdict" in page_of(work).text
-    assert dict(answer.answer(run))["Against what"].startswith("No map was judged, as one")
+    page = page_of(work).text
+    assert "no verdict" in page and "No map was judged, as one" in page and "Only 1" not in page
     few = [row | {"n_documents": 12} for row in transfer_rows()]
     write_jsonl(work.result("transfer.jsonl"), few)
     poor = [row | {"dead_fraction": 0.7, "fvu": 0.9} for row in reconstruction_rows(layers=(6,))]

@@ -99,9 +99,8 @@ def test_effects_are_those_of_the_plain_model(lm, runner, passages, kind, layers
 def test_the_models_activations_change_nothing(runner, passages, monkeypatch):
     site, passes, dispatch = Site(1), [], runner.dispatch
     x = runner.read_at(passages, [site])[0]
-    monkeypatch.setattr(
-        runner, "dispatch", lambda f, *a, **k: passes.append(f) or dispatch(f, *a, **k)
-    )
+    counted = lambda f, *a, **k: passes.append(f) or dispatch(f, *a, **k)  # noqa: E731
+    monkeypatch.setattr(runner, "dispatch", counted)
     replacements = {"clean again": x, "zero": np.zeros(8, np.float32), "equal": x.copy()}
     effects = runner.splice(passages, site, replacements)
     clean = effects["clean"]

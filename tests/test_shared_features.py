@@ -12,7 +12,7 @@ from crossdict_jax.activations.store import open_store
 from crossdict_jax.dictionaries.base import decoder_rows
 from crossdict_jax.evaluation import evaluate, matching
 from crossdict_jax.evaluation.representations import representation_rows
-from crossdict_jax.evaluation.shared_features import shared_features
+from crossdict_jax.evaluation.shared_features import dictionary_pairs, shared_features
 from crossdict_jax.evaluation.similarity import MEASURES, Geometry
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.fit import Loader
@@ -121,6 +121,13 @@ CHANGES += [("fdr", 1e-9, "significant")]
 def test_every_setting_matters(matched, run, setting, value, column):
     changed = run.matched(**{setting: value})["matching.jsonl"]
     assert changed[0][column] != matched["matching.jsonl"][0][column]
+
+
+def test_a_pair_of_dictionaries_is_compared_once(run):
+    store = dataclasses.replace(run.store, models=("a", "b", "c"))
+    config = dataclasses.replace(run.config, layer_pairs="0:1,1:1")
+    pairs = [(p.source + p.target, p.site_source.layer) for p in dictionary_pairs(config, store)]
+    assert pairs == [("ab", 0), ("ab", 1), ("ac", 0), ("ac", 1), ("bc", 1)]
 
 
 def test_every_layer_is_compared_with_every_other(run, matched):

@@ -12,6 +12,7 @@ from crossdict_jax import modules, stats
 from crossdict_jax.config import Config
 from crossdict_jax.dictionaries import crosscoder, crosscoder_training
 from crossdict_jax.dictionaries.crosscoder import TAKES_PART, Crosscoder
+from crossdict_jax.evaluation.nulls import shifts
 from crossdict_jax.maps.base import padded, slices
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.ops import exact
@@ -45,18 +46,18 @@ def latent_scaling(
     """
     rows = jnp.concatenate([jnp.asarray(view, jnp.float32) for view in x], axis=1)
     belongs = jnp.asarray(np.repeat(np.eye(joint.n_models, dtype=np.float32), joint.d_models, 1))
-    shifts = np.concatenate([[0], admissible_shifts(documents, seed=seed)])
-    error, alone = map(np.asarray, _explained(*modules.split(joint), rows, belongs, shifts))
-    above = [s[0] > s[1:].max(axis=0) if len(shifts) > 1 else None for s in (error, alone)]
+    drawn = np.concatenate([[0], admissible_shifts(documents, seed=seed)])
+    error, alone = map(np.asarray, _explained(*modules.split(joint), rows, belongs, drawn))
+    above = [s[0] > s[1:].max(axis=0) if len(drawn) > 1 else None for s in (error, alone)]
     return Scaling(error[0], alone[0], *above)
 
 
 def admissible_shifts(documents: np.ndarray, *, seed: int) -> np.ndarray:
     """Returns SHIFTS random circular shifts longer than any document; none if there is no room."""
-    n, longest = len(documents), np.unique(documents, return_counts=True)[1].max(initial=0)
-    if n < 2 * longest or n == 0:
+    allowed = shifts(documents, len(documents))
+    if not allowed:
         return np.zeros(0, np.int64)
-    return stats.generator(seed).integers(longest, n - longest + 1, SHIFTS)
+    return stats.generator(seed).integers(allowed.start, allowed.stop, SHIFTS)
 
 
 @partial(jax.jit, static_argnums=0)

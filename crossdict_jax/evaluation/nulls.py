@@ -18,14 +18,15 @@ SHUFFLES = 99  # within equal tokens: beating them all by chance has p = 0.01
 TIES = 1e-9  # relative difference of two orders of summation
 
 
-def shifts(documents: np.ndarray) -> np.ndarray:
-    """Returns which circular shifts of rows of documents [n] move every row to another document.
-
-    Bool, by the length of the shift; n or a little less, as FFTs have fast lengths.
-    """
-    n = prev_fast_len(len(documents), real=True) if len(documents) else 0
+def shifts(documents: np.ndarray, n: int) -> range:
+    """Returns the circular shifts of n rows that are longer than any of the documents [rows]."""
     longest = np.unique(documents, return_counts=True)[1].max(initial=0)
-    return (np.arange(n) >= longest) & (np.arange(n) <= n - longest)
+    return range(longest, n - longest + 1) if n else range(0)
+
+
+def fast_length(n: int) -> int:
+    """Returns how many of n rows ``shift_p_values`` takes: FFTs have fast lengths."""
+    return prev_fast_len(n, real=True) if n else 0
 
 
 def shift_p_values(r: np.ndarray, a: Codes, b: Codes, documents: np.ndarray) -> np.ndarray:
@@ -42,7 +43,8 @@ def shift_p_values(r: np.ndarray, a: Codes, b: Codes, documents: np.ndarray) -> 
     """
     firings = np.minimum(Moments.of(a).firings, Moments.of(b).firings)
     pool = np.log2(np.maximum(firings, 1)).astype(np.int64)
-    n = len(allowed := shifts(documents))
+    n = fast_length(len(documents))
+    allowed = np.isin(np.arange(n), shifts(documents, n))
     members = [np.flatnonzero(pool == p) for p in np.unique(pool)]
     enough = -(-NULL_VALUES // max(n, 1))  # pairs of a pool, evenly spread
     spread = [m[np.linspace(0, len(m) - 1, min(len(m), enough)).astype(np.int64)] for m in members]

@@ -9,7 +9,7 @@ from crossdict_jax import maps
 from crossdict_jax.activations.store import Store
 from crossdict_jax.config import Config, layer_pairs
 from crossdict_jax.evaluation.matching import LEAST_R, confirm, match
-from crossdict_jax.evaluation.nulls import shifts
+from crossdict_jax.evaluation.nulls import fast_length, shifts
 from crossdict_jax.maps import Task
 from crossdict_jax.maps.fit import Loader
 from crossdict_jax.models import Site
@@ -51,7 +51,15 @@ def shared_features(pair: Task, loader: Loader) -> dict[str, list[dict]]:
             seed=loader.config.seed,
         )
         significant, confirmed = worth.p_adjusted <= settings.fdr, worth.confirmed
-        tested = shifts(test.documents).any()
+        counts = {
+            "significant": int(significant.sum()),
+            "strong": int((significant & (worth.r >= LEAST_R)).sum()),
+            "confirmed": int(confirmed.sum()),
+        }
+        by_shifts = {"confirmed": confirmed, "p": worth.p, "p_adjusted": worth.p_adjusted}
+        if not shifts(test.documents, fast_length(len(test))):
+            counts = dict.fromkeys(counts)
+            by_shifts = dict.fromkeys(by_shifts, np.full(len(confirmed), None))
         correlations = {"r_train": matched.r, "r_test": worth.r, "r_token": worth.r_token}
         means = {
             name: float(r.mean()) if len(r) else None
@@ -67,9 +75,7 @@ def shared_features(pair: Task, loader: Loader) -> dict[str, list[dict]]:
                 "live_source": matched.live_a,
                 "live_target": matched.live_b,
                 "matched": len(matched.r),
-                "significant": int(significant.sum()) if tested else None,
-                "strong": int((significant & (worth.r >= LEAST_R)).sum()) if tested else None,
-                "confirmed": int(confirmed.sum()) if tested else None,
+                **counts,
                 "fdr": settings.fdr,
                 "minimum_firings": minimum,
                 "minimum_r": LEAST_R,
@@ -84,10 +90,8 @@ def shared_features(pair: Task, loader: Loader) -> dict[str, list[dict]]:
                 "feature_target": matched.features_b,
                 **correlations,
                 "beyond_token": worth.beyond_token,
+                **by_shifts,
             }
-            by_shifts = {"confirmed": confirmed, "p": worth.p, "p_adjusted": worth.p_adjusted}
-            nothing = np.full(len(confirmed), None)
-            columns |= by_shifts if tested else dict.fromkeys(by_shifts, nothing)
             values = zip(*(c.tolist() for c in columns.values()))
             matches = [names | dict(zip(columns, row)) for row in values]
     null = {"null": funnels[-1]["confirmed"]}

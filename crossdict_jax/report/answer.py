@@ -85,10 +85,11 @@ def _against_what(comparisons: list[Comparison]) -> str:
     of_maps = [line["verdict"] for c in comparisons for line in c.fitted]
     verdicts = [verdict for verdict in of_maps if verdict]
     if not verdicts:
-        return of_maps and (
+        unjudged = (
             "No map was judged, as one held-out document gives no interval; raise text.documents "
             "or text.test_fraction."
         )
+        return unjudged if of_maps else ""
     token, mean, n_maps = *map(verdicts.count, (BEATS_TOKEN, BEATS_MEAN)), len(verdicts)
     none = f"none of the {n_maps} fitted maps beats"
     if token + mean == 0:

@@ -33,10 +33,11 @@ def answer(run: Run) -> str:
     rows = funnels(run)
     row = highest(rows, "confirmed")
     if not row:
-        return rows and (
+        untested = (
             "Matched features could not be put to the test: held-out text has one document, or one "
             "of half its length; raise text.documents or text.test_fraction."
         )
+        return untested if rows else ""
     confirmed, by_luck = row["confirmed"], row.get("shuffled.confirmed", 0)
     if confirmed <= by_luck:
         return (
@@ -112,12 +113,12 @@ def layers_section(run: Run) -> Iterator[Block]:
             "the more alike, up to 1. CKA and RSA are 0 for independent rows, SVCCA and mutual kNN "
             "are not: compare with the shuffled rows.",
         )
-    alone = "these two models" if len(run.pairing["models"]) > 2 else ""
+    alone = " these two models" if len(run.pairing["models"]) > 2 else ""
     for row in better_layers(run):
         yield (
             f"The layers of {row['target']} that suit those of {row['source']} best by CKA, in "
             f"their order, have a mean CKA of {number(row['cka'], 2)}; those of this run "
-            f"{number(row['cka_of_run'], 2)}. To run {alone} with them:"
+            f"{number(row['cka_of_run'], 2)}. To run{alone} with them:"
         )
         yield Code(f"--config.layer_pairs={row['layer_pairs']}")
 

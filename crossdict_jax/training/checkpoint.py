@@ -14,7 +14,8 @@ from crossdict_jax.training.mesh import shapes_of
 from crossdict_jax.workdir import check_space, disk_words, folder_digests, read_json, write_json
 
 OVERHEAD = 1 << 18  # bytes of a checkpoint beside its arrays, at most
-BESIDE = {"_CHECKPOINT_METADATA", "commit_success.txt", "meta"}  # the trees, in a step's folder
+MARK = "_CHECKPOINT_METADATA"  # in every folder that orbax has written
+BESIDE = {"commit_success.txt", "meta"}  # the trees, there
 OPTIONS = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False)
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
@@ -73,7 +74,8 @@ def save(directory: Path, step: int = 0, *, meta: dict | None = None, **trees) -
         sealed = (directory / f"{path.name}.sha256.json").is_file()
         if sealed or not number.isdecimal() or not path.is_dir():
             continue
-        half = {p.name for p in path.iterdir()} <= BESIDE | trees.keys()  # as a kill leaves it
+        inside = {p.name for p in path.iterdir()}  # as a kill leaves it:
+        half = MARK in inside or inside <= BESIDE | trees.keys()
         if rest.startswith("orbax-checkpoint-tmp") or (half and not rest):
             shutil.rmtree(path)
         elif not rest:
