@@ -12,6 +12,7 @@ from flax import nnx
 
 from crossdict_jax import ops
 from crossdict_jax.errors import UserError
+from crossdict_jax.models.attention import attend, rotate
 from crossdict_jax.models.folders import load_tokenizer
 from crossdict_jax.modules import Params, Plain, plain
 
@@ -406,51 +407,3 @@ def matmul(x: jax.Array, W: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return ops.exact(x, W.astype(dtype))
     rows = ops.matmul(x.reshape(-1, x.shape[-1]), W.astype(jnp.float32), dtype)
     return rows.reshape(*x.shape[:-1], -1)
-
-
-@partial(jax.jit, static_argnames=("scale", "dtype"))  # traced once for all layers
-def attend(query, key, value, *, scale: float, dtype: jnp.dtype, past) -> jax.Array:
-    """Causal softmax attention, float32 [batch, seq, heads * d_head].
-
-    query is [batch, seq, heads, d_head]; key and value may have fewer heads, each serving an
-    equal run of query heads. ``past`` is (keys, values, length) or None.
-    """
-    batch, seq, heads, d_head = query.shape
-    if past is None:
-        q, k, v = (x.astype(dtype) for x in (query, key, value))
-        with jax.default_matmul_precision("highest"):
-            out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True)
-        return out.astype(jnp.float32).reshape(batch, seq, -1)
-
-    def product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        a, b, exact = a.astype(dtype), b.astype(dtype), jax.lax.Precision.HIGHEST
-        return jnp.einsum(axes, a, b, precision=exact, preferred_element_type=jnp.float32)
-
-    # The past's keys stay apart: joined with the new ones they would be copied for every edit
-    # (under vmap).
-    query = query.reshape(batch, seq, key.shape[2], -1, d_head) * scale
-    *seen, length = past
-    sides = seen, (key, value)
-    scores = [product("bskgd,btkd->bkgst", query, keys) for keys, _ in sides]
-    old = jnp.arange(scores[0].shape[-1])[None, :] < length[:, None]  # [batch, capacity]
-    new = jnp.tril(jnp.ones((seq, seq), bool))
-    visible = old[:, None, None, None, :], new[None, None, None]
-    scores = [jnp.where(seen, score, -jnp.inf) for seen, score in zip(visible, scores)]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-    weights = jnp.split(weights, (old.shape[1],), axis=-1)
-    out = sum(product("bkgst,btkd->bskgd", w, values) for w, (_, values) in zip(weights, sides))
-    return out.reshape(batch, seq, heads * d_head)
-
-
-@jax.jit  # as attend
-def rotate(x: jax.Array, rotary: tuple[np.ndarray, np.ndarray]) -> jax.Array:
-    """x [batch, seq, heads, d_head] with its first dims turned by position, halves paired.
-
-    The tables are [seq, dims / 2], or [batch, seq, dims / 2] if rows differ in position.
-    """
-    cos, sin = (table[..., None, :] for table in rotary)
-    if cos.ndim == 3:
-        cos, sin = cos[None], sin[None]
-    half = cos.shape[-1]
-    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
