@@ -12,15 +12,12 @@ from crossdict_jax.workdir import read_jsonl
 LOSSES = [f.name for f in dataclasses.fields(LossWeights)]
 
 
-def test_each_loss_alone_and_left_out():
+def test_each_loss_with_a_weight_alone_and_left_out():
     made = measure.ablations(LossWeights(mse=2.0))
     alone, without = ([f"{how} {name}" for name in LOSSES] for how in ("only", "without"))
     assert list(made) == ["all", *alone, *without] and made["all"] == LossWeights(mse=2.0)
     assert made["only mse"] == LossWeights(2.0, 0.0, 0.0, 0.0)
     assert made["without sparsity"] == LossWeights(mse=2.0, sparsity=0.0)
-
-
-def test_losses_without_a_weight_are_not_ablated():
     made = measure.ablations(LossWeights(correlation=0.0, sparsity=0.0))
     assert list(made) == ["all", "only mse", "only cosine"]
     one = LossWeights(1.0, 0.0, 0.0, 0.0)

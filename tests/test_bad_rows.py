@@ -100,16 +100,13 @@ def train_rows(x, root, **sae):
     return trained(train_on(PlantedStore(x), root, **settings))
 
 
-def test_training_names_a_row_that_is_not_finite(tmp_path):
+def test_training_names_a_row_that_is_not_finite_and_rows_that_never_vary(tmp_path):
     x = np.random.default_rng(0).normal(size=(50, 5))
     x[17, 4] = np.inf
     words = r"planted resid_pre\.0: row 17 of the store holds NaN or infinity; extract again"
-    refused(words, train_rows, x, tmp_path)
-
-
-def test_rows_that_never_vary_have_nothing_to_explain(tmp_path):
+    refused(words, train_rows, x, tmp_path / "infinite")
     words = r"planted resid_pre\.0: all 50 training rows are equal, so there is nothing to explain"
-    refused(words, train_rows, np.full((50, 5), 3.0), tmp_path)
+    refused(words, train_rows, np.full((50, 5), 3.0), tmp_path / "equal")
     one_differs = np.full((start.BLOCK + 2, 1), 3.0)
     one_differs[-1] = 4
     start.check_rows(one_differs, "a", np.arange(len(one_differs)))

@@ -14,7 +14,7 @@ from tiny_run import ROOT, refused
 
 from crossdict_jax.benchmark import peer, run, saelens, workloads
 from crossdict_jax.benchmark.harness import OURS, Bench, Spent
-from crossdict_jax.benchmark.measurements import extraction, scaling, steps
+from crossdict_jax.benchmark.measurements import extraction, scaling, steps, whole
 from crossdict_jax.benchmark.measurements import map as map_steps
 from crossdict_jax.config import BenchmarkConfig, SAEConfig, measurements
 from crossdict_jax.dictionaries.train import members, prepare
@@ -23,6 +23,7 @@ from crossdict_jax.training.loop import train
 from crossdict_jax.workdir import Workdir, read_json, read_jsonl
 from launch import command
 from launch.benchmark import __main__ as script
+from launch.benchmark import saelens as quality
 
 DICTIONARY = {"d_model": 8, "width": 16, "k": 2, "batch_size": 32, "rows": 64}
 TINY = {  # the sizes of every measurement
@@ -146,6 +147,13 @@ def test_each_measurement_has_its_rows(tiny, tmp_path, monkeypatch):
     assert ours["case"] == other["case"] == "16 to 16" and other["version"]
 
 
+def test_a_whole_run_that_fails_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(whole, "MODELS", {})
+    monkeypatch.setitem(whole.SIZES, "gpu", {"models": "nowhere,nowhere"})
+    rows = whole.benchmark(Bench("whole", tmp_path, "gpu"))
+    refused(r"The whole run failed \(.*'nowhere'", list, rows)
+
+
 @pytest.mark.parametrize("library", steps.PEERS)
 def test_each_peer_trains_on_the_same_rows(library, tmp_path):
     if not os.environ.get(peer.VARIABLES[library]):
@@ -189,6 +197,25 @@ def test_the_command_refuses_what_it_does_not_know(tmp_path, capsys):
     config = BenchmarkConfig(benchmarks=("whole",))
     words = "whole has no sizes for suite=cpu, only for gpu"
     refused(words, run.run_benchmarks, config, Workdir(tmp_path))
+
+
+def test_the_table_sets_the_usual_rate_beside_their_best():
+    row = {"model": "m", "site": "resid_pre.1", "width": 32, "k": 4, "steps": 10, "batch_size": 8}
+    row |= {"n_rows": 50, "architecture": "relu"}
+    scores = {OURS: ((0.01, 0.3),), "sae-lens": ((0.01, 0.35), (3e-4, 0.25))}
+    found = [(library, *pair) for library, pairs in scores.items() for pair in pairs]
+    keys = ("library", "learning_rate", "fvu_at_k")
+    rows = [row | dict(zip(keys, values)) for values in found]
+    rows += [r | {"architecture": "gated", "fvu_at_k": None} for r in rows]
+    lines = [[cell.text for cell in line] for line in saelens.comparison(rows).rows]
+    assert lines[0] == ["m resid_pre.1", "relu", "0.01", "0.300", "0.0003", "0.250", "0.050"]
+    assert lines[1] == ["m resid_pre.1", "gated", "0.01", "–", "–", "–", "–"]
+
+
+def test_without_the_peer_one_line_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv(peer.VARIABLES["sae-lens"], raising=False)
+    quality.main(None, Workdir(tmp_path))
+    assert capsys.readouterr().out.startswith("skipped: CROSSDICT_SAELENS_PYTHON is not set")
 
 
 @pytest.mark.slow

@@ -24,7 +24,6 @@ from test_run import SHAPE as GPT2
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 
 from crossdict_jax import dictionaries, evaluation, maps, models, workdir
-from crossdict_jax.activations.extract import extract
 from crossdict_jax.activations.pairing import byte_ends, control_ids
 from crossdict_jax.activations.plan import bos_id
 from crossdict_jax.activations.store import open_store
@@ -135,11 +134,8 @@ MODULES = {"h.7": Site(8), "gpt_neox.layers.7": Site(8), "transformer.h.7.mlp": 
 MODULES |= {"layers.7/seed1": Site(8), "layers.7.attention": Site(7, "attn_out")}
 
 
-def test_hooks_are_sites():
+def test_hooks_are_sites_and_folders_say_theirs_in_any_spelling(tmp_path):
     assert {hook: site_of(hook) for hook in HOOKS} == HOOKS
-
-
-def test_folders_say_their_site_in_any_spelling(tmp_path):
     for n, (config, site) in enumerate(SAID):
         folder = saelens_folder(tmp_path / str(n), weights("b_enc"), **config)
         assert site_of(formats.names(folder)["hook_name"]) == site
@@ -440,8 +436,7 @@ def test_control_tokens_that_a_text_spells_are_counted_and_may_be_left_out(rule,
     file = sorted((tmp_path / "text").glob("*.txt"))[0]
     words = file.read_text().split()
     file.write_text(" ".join([*words[:9], spelled, *words[9:]]))
-    work = Workdir(tmp_path / "run")
-    store = extract(config, work)
+    store, work = tiny_run.extracted(config, tmp_path / "run")
     pairing = read_json(work.result("pairing.json"))
     assert set(pairing["control_tokens"].values()) == {1}
     dropped = pairing["dropped"]["after_control_tokens"]
@@ -499,11 +494,9 @@ def test_help_without_docstrings(capsys, monkeypatch):
 def test_links_lead_nowhere_outside_of_a_folder(tmp_path):
     models.save(models.init(GPT2), tmp_path / "m")
     saelens_folder(tmp_path / "d", weights("b_enc"), architecture="standard")
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t/a.txt").write_text("text")
-    loads = {"m/model.safetensors": models.load, "m/config.json": models.load}
+    workdir.write_text(tmp_path / "t/a.txt", "text")
+    loads = {"m/model.safetensors": models.load, "m/config.json": models.load, "t/b.txt": read_text}
     loads |= {"m/tokenizer.json": models.load_tokenizer, "d/cfg.json": formats.load}
-    loads["t/b.txt"] = lambda folder: load_corpus(TextConfig(source=str(folder)))
     for name, load in loads.items():
         file, outside = tmp_path / name, tmp_path / f"outside{len(name)}"
         outside.write_bytes(file.read_bytes() if file.exists() else b"{}")

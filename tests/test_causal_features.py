@@ -34,18 +34,13 @@ def finished(tmp_path_factory):
     return settings(config), work
 
 
-@pytest.fixture
-def again(finished, tmp_path):
+def again(finished, tmp_path, **changes):
     """Runs the stage on a copy with changed settings; returns its rows."""
-
-    def run(**changes):
-        config, copy = finished[0], Workdir(tmp_path / "run")
-        if not copy.root.exists():
-            tiny_run.copied(finished, tmp_path)
-        transfer_features(settings(config, **changes), copy)
-        return read_jsonl(copy.result(stage.ROWS))
-
-    return run
+    config, copy = finished[0], Workdir(tmp_path / "run")
+    if not copy.root.exists():
+        tiny_run.copied(finished, tmp_path)
+    transfer_features(settings(config, **changes), copy)
+    return read_jsonl(copy.result(stage.ROWS))
 
 
 def test_a_row_for_every_feature_and_direction(finished):
@@ -110,18 +105,19 @@ def test_a_killed_stage_goes_on_behind_its_last_feature(finished, tmp_path, monk
         assert copy.result(name).read_bytes() == work.result(name).read_bytes()
 
 
-def test_named_features_are_the_first_models(finished, again, monkeypatch, capsys):
+def test_named_features_are_the_first_models(finished, tmp_path, monkeypatch, capsys):
+    run = finished, tmp_path
     found = {r["feature"] for r in read_jsonl(finished[1].result(stage.ROWS))[:2]}
-    rows = again(feature_ids=tuple(found), features=0)
+    rows = again(*run, feature_ids=tuple(found), features=0)
     assert {r["source"] for r in rows} == {"a"} and {r["feature"] for r in rows} == found
-    refused(r"feature_ids=99: .*features 0 to 31, not 99", again, feature_ids=(99,))
+    refused(r"feature_ids=99: .*features 0 to 31, not 99", again, *run, feature_ids=(99,))
     monkeypatch.setattr(stage, "LEAST_FIRINGS", 10**6)
-    refused(r"feature 3 of a at resid_pre.1 is dead", again, feature_ids=(3,))
-    assert again(documents=4) == []  # a direction with nothing to test has no rows
+    refused(r"feature 3 of a at resid_pre.1 is dead", again, *run, feature_ids=(3,))
+    assert again(*run, documents=4) == []  # a direction with nothing to test has no rows
     assert "No feature of a at resid_pre.1 fires" in capsys.readouterr().out
 
 
-def test_matched_features_come_from_the_file(finished, again, tmp_path):
+def test_matched_features_come_from_the_file(finished, tmp_path):
     """Confirmed ones first, then by correlation; matches have no direction."""
     _, work = finished
     live = [r["feature"] for r in read_jsonl(work.result(stage.ROWS)) if r["direction"] == "ridge"]
@@ -130,11 +126,11 @@ def test_matched_features_come_from_the_file(finished, again, tmp_path):
     where = {"source": "a", "target": "b", "site_source": site, "site_target": site}
     listed = [(i, k, False, 0.9), (j, m, True, 0.5)]
     keys = ("feature_source", "feature_target", "confirmed", "r_train")
-    refused(r"needs results/matches.jsonl", again, choose="matched")
+    refused(r"needs results/matches.jsonl", again, finished, tmp_path, choose="matched")
     rows = [where | dict(zip(keys, match)) for match in listed]
     results.write(Workdir(tmp_path / "run"), "matches.jsonl", rows)
-    found = [r for r in again(choose="matched") if r["direction"] == "ridge"]
-    assert [r["feature"] for r in found] == [j, i, m, k]
+    found = again(finished, tmp_path, choose="matched")
+    assert [r["feature"] for r in found if r["direction"] == "ridge"] == [j, i, m, k]
 
 
 def test_all_layer_pairs_or_the_middle_one(finished):

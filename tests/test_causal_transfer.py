@@ -176,12 +176,10 @@ def slow(lm, site, row, vector, span):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-SITES = [Site(1), Site(1, "resid_post"), Site(0, "mlp_out")]
+SPANS = [(Site(1), 4), (Site(1), 12), (Site(1, "resid_post"), 4), (Site(0, "mlp_out"), 4)]
 
 
-@pytest.mark.parametrize(
-    ("site", "span"), [(SITES[0], 4), (SITES[0], 12), (SITES[1], 4), (SITES[2], 4)], ids=str
-)
+@pytest.mark.parametrize(("site", "span"), SPANS, ids=str)
 def test_changes_are_those_of_the_plain_model(lm, site, span):
     ready = held(lm, site, span=span)
     change, kl = ready.changes(VECTORS, {3: 0.5, 17: 1.5}, limit=5)

@@ -148,9 +148,8 @@ BAD = (  # what is written, what the line names
 
 
 def test_bad_pairs_and_missing_sources_are_named(tmp_path):
-    for i, (lines, words) in enumerate(BAD):
-        (tmp_path / str(i)).mkdir()
-        refused(words, read_sets, [write_rows(tmp_path / str(i) / "set.jsonl", lines)])
+    for lines, words in BAD:
+        refused(words, read_sets, [write_rows(tmp_path / "set.jsonl", lines)])
     refused("source is empty; name files", read_sets, [])
     refused("nowhere", read_sets, [str(tmp_path / "nowhere.jsonl")])
     (tmp_path / "x").mkdir()

@@ -57,11 +57,6 @@ def finished(begun, tmp_path_factory):
     return config, work
 
 
-@pytest.fixture
-def copy(finished, tmp_path):
-    return copied(finished, tmp_path)
-
-
 def rows_of(work: Workdir, name: str = "controls.jsonl") -> list[dict]:
     return read_jsonl(work.result(name))
 
@@ -101,8 +96,8 @@ def test_re_initialised_models_are_read_at_the_rows_of_the_run(finished):
         assert abs(there - store.read(name, SITE, rows).astype(np.float32)).max() > 0.05
 
 
-def test_a_store_with_other_rows_is_refused(copy):
-    config, work = copy
+def test_a_store_with_other_rows_is_refused(finished, tmp_path):
+    config, work = copied(finished, tmp_path)
     path = work.controls.activations / "rows-keep.npy"
     np.save(path, ~np.load(path))
     meta = json.loads((work.controls.activations / "meta.json").read_text())
@@ -226,18 +221,14 @@ def test_a_run_with_two_seeds_needs_no_other_second_dictionary(finished):
     assert {m.k for m in swept} == {6}
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        (Config(models=("a", "b"), layers=(5, 6)), ((5, 6), (5, 6))),
-        (Config(models=("a", "b"), layers=(5, 6, 7), control_pairs=1), ((6,), (6,))),
-        (Config(models=("a", "b"), layers=(5, 6, 7), control_pairs=2), ((5, 7), (5, 7))),
-        (Config(models=("a", "b"), layers=(5, 6), control_pairs=9), ((5, 6), (5, 6))),
-        (Config(models=("a", "b", "c"), layer_pairs="5:9", control_pairs=1), ((5,), (9,), (9,))),
-    ],
-)
-def test_controls_at_some_pairs_of_layers(config, expected):
-    assert controlled_layers(config) == expected
+def test_controls_at_some_pairs_of_layers():
+    def layers(models="ab", **settings):
+        return controlled_layers(Config(models=tuple(models), **settings))
+
+    assert layers(layers=(5, 6)) == layers(layers=(5, 6), control_pairs=9) == ((5, 6), (5, 6))
+    assert layers(layers=(5, 6, 7), control_pairs=1) == ((6,), (6,))
+    assert layers(layers=(5, 6, 7), control_pairs=2) == ((5, 7), (5, 7))
+    assert layers("abc", layer_pairs="5:9", control_pairs=1) == ((5,), (9,), (9,))
 
 
 def test_only_the_controls_asked_for_are_made(finished):
@@ -258,8 +249,8 @@ def test_a_pool_larger_than_the_test_rows_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run/activations/meta.json").exists()
 
 
-def test_missing_parts_of_controls_are_one_line(copy):
-    config, work = copy
+def test_missing_parts_of_controls_are_one_line(finished, tmp_path):
+    config, work = copied(finished, tmp_path)
     shutil.rmtree(work.controls.maps)
     refused("holds no finished map; run train_hypernetworks", evaluate, config, work)
     shutil.rmtree(work.controls.dictionaries)

@@ -79,10 +79,9 @@ def test_a_run_is_converted_whole_and_names_its_hooks(tiny, tmp_path):
 )
 def test_modules_of_transformers_become_hooks_and_no_model_is_made_up(module, hook, tmp_path):
     source = tmp_path / module
-    source.mkdir()
+    write_json(source / "cfg.json", {"d_in": 6, "num_latents": 8, "k": 2})
     arrays = {"encoder.weight": (8, 6), "encoder.bias": (8,), "W_dec": (8, 6), "b_dec": (6,)}
     save_file({n: np.ones(s, np.float32) for n, s in arrays.items()}, source / "sae.safetensors")
-    write_json(source / "cfg.json", {"d_in": 6, "num_latents": 8, "k": 2})
     out = Workdir(tmp_path / "out")
     refused(r"give --config.model_name \(", convert, ConvertConfig(source=str(source)), out)
     (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"model": "m"}')

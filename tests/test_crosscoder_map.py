@@ -87,19 +87,14 @@ def test_every_crosscoder_of_the_run_lies_in_its_own_folder(run):
     json.dumps(record, allow_nan=False)
 
 
-def test_a_problem_without_a_joint_code_is_refused(run, tmp_path):
-    config, pairs = run[0], score(run, "a", "b")[2]
-    problem = maps.Problem("A to B", pairs, pairs)
-    with pytest.raises(ValueError, match="A to B has no joint code"):
-        maps.map_class("crosscoder").fit([problem], config.map, seed=0, directory=tmp_path)
-
-
-def test_a_control_gets_a_code_of_its_own_two_sides(run, tmp_path):
+def test_a_control_needs_a_code_and_gets_that_of_its_own_two_sides(run, tmp_path):
     """What has no place in the run's layer tuples is trained on its own rows."""
     config, store, work = run
     where = ("a", "b", Site(1), Site(1))  # a pair of sites that no crosscoder of the run has
     train, held_out = (maps.load_pairs(store, *where, split, work) for split in SPLITS[:2])
     problem = maps.Problem("a to b (control)", train, held_out)
+    with pytest.raises(ValueError, match=r"a to b \(control\) has no joint code"):
+        maps.map_class("crosscoder").fit([problem], config.map, seed=0, directory=tmp_path)
     task = dataclasses.make_dataclass("Control", ["control"])("ceiling")
     (joined,) = with_codes([problem], [task], fit.Loader(config, store, work), 0, tmp_path)
     (fitted,) = maps.map_class("crosscoder").fit([joined], config.map, seed=0, directory=tmp_path)

@@ -1,7 +1,6 @@
 """Moved dictionaries: exact in every architecture, scored by slow formulas, and trained from."""
 
 import functools
-import json
 from types import SimpleNamespace
 
 import jax
@@ -201,6 +200,5 @@ def test_the_report_shows_every_way_and_what_is_saved(run, rows, capsys):
     measure.run(config, work)  # finished: it only prints
     printed = capsys.readouterr().out
     assert all(way in printed for way in ("orthogonal", "stitch", "Steps until the moved start"))
-    training = json.loads(json.dumps(read_jsonl(work.result(TRAINING.file))))
-    html = section([*rows.values(), *training])
+    html = section([*rows.values(), *read_jsonl(work.result(TRAINING.file))])
     assert html.count("<table>") == 3 and html.count(": the moved start saves") == 2

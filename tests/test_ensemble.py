@@ -218,12 +218,10 @@ def test_a_batch_is_shared_by_as_many_devices_as_divide_it(capfd):
 class Walk(Objective):
     """One number that grows by its rate at every step, and is to stop at a target."""
 
-    validate_every, patience = 2, 3
+    validate_every, patience, frozen = 2, 3, ("still",)
 
     def init(self, key, fixed):
         return {"w": jnp.zeros(()), "still": jnp.zeros(())}
-
-    frozen = ("still",)
 
     def optimizer(self, fixed):
         return optax.sgd(fixed["rate"])

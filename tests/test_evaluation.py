@@ -104,8 +104,7 @@ def test_intervals_are_percentiles_of_the_metric_on_resampled_documents():
         p, t = predicted[rows].astype(np.float64), target[rows].astype(np.float64)
         ranks = np.mean([slow_rank(predicted, target, i) for i in rows])  # of the whole pool
         samples.append(slow(p, t, mean) | {"mean_rank": ranks})
-    scores = ("r2", "cosine", "feature_correlation", "mean_rank", "sparsity_similarity")
-    for name in scores:
+    for name in ("r2", "cosine", "feature_correlation", "mean_rank", "sparsity_similarity"):
         low, high = np.percentile([s[name] for s in samples], (2.5, 97.5))
         assert found[f"{name}_low"] == pytest.approx(low, abs=1e-6)
         assert found[f"{name}_high"] == pytest.approx(high, abs=1e-6)

@@ -262,12 +262,10 @@ def sparsify_folder(path, arrays, **config):
 
 
 SPARSIFY = {"activation": "topk", "k": K, "d_in": D, "num_latents": F, "expansion_factor": 32}
+READABLE = [{}, {"transcode": True, "multi_topk": True}, {"num_latents": 0, "expansion_factor": 2}]
 
 
-@pytest.mark.parametrize(
-    "config",
-    [{}, {"transcode": True, "multi_topk": True}, {"num_latents": 0, "expansion_factor": 2}],
-)
+@pytest.mark.parametrize("config", READABLE)
 def test_a_sparsify_folder_means_what_it_means_there(config, tmp_path):
     w, width = weights("b_enc"), F if config.get("num_latents", F) else 2 * D
     w |= {"W_enc": w["W_enc"][:, :width], "W_dec": w["W_dec"][:width], "b_enc": w["b_enc"][:width]}

@@ -155,13 +155,11 @@ def test_killed_and_resumed_gives_the_same_store(config, finished, tmp_path):
     assert read_json(work.result("pairing.json")) == pairing != {}
 
 
-@pytest.mark.parametrize(
-    "name", ["a/resid_pre.1/shard-00001.npy", "rows-keep.npy", "windows-ids-1.npy"]
-)
+@pytest.mark.parametrize("name", ["a/resid_pre.1/shard-00001", "rows-keep", "windows-ids-1"])
 @pytest.mark.parametrize("damage", ["truncate", "alter", "remove"])
 def test_damage_is_named(finished, tmp_path, name, damage):
     shutil.copytree(finished[1].activations, tmp_path / "a")
-    victim = tmp_path / "a" / name
+    victim = tmp_path / "a" / f"{name}.npy"
     data = bytearray(victim.read_bytes())
     data[-3] ^= 4
     victim.write_bytes(data[: len(data) // 2] if damage == "truncate" else data)

@@ -25,45 +25,40 @@ from launch import command
 KILLS = int(os.environ.get("CROSSDICT_KILLS", "2"))  # of the run that is killed at random moments
 
 
-@pytest.fixture
-def code_and_line(capfd):
-    """(main, *arguments) -> the exit code of a command run here, and the one line on stderr."""
-
-    def run(main, *arguments: str) -> tuple[int, str]:
-        capfd.readouterr()
-        code = command.execute(main, ["test", "--models=a,b", *map(str, arguments)])
-        lines = capfd.readouterr().err.splitlines()
-        assert len(lines) == (code != 0)
-        return code, *lines
-
-    return run
+def ended(capfd, main, *arguments: str) -> tuple[int, str]:
+    """The exit code of a command run here, and the one line on stderr."""
+    capfd.readouterr()
+    code = command.execute(main, ["test", "--models=a,b", *map(str, arguments)])
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == (code != 0)
+    return code, *lines
 
 
-def test_two_processes_do_not_share_a_directory(tmp_path, code_and_line):
+def test_two_processes_do_not_share_a_directory(tmp_path, capfd):
     hold = "import sys, time; from pathlib import Path; from crossdict_jax.workdir import alone\n"
     hold += "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     where = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], **where) as other:
         assert other.stdout.readline() == "held\n"
-        code, line = code_and_line(print, f"--workdir={tmp_path}/run")
+        code, line = ended(capfd, print, f"--workdir={tmp_path}/run")
         assert code == 2 and f"Process {other.pid} on" in line and "is working in" in line
         (tmp_path / "run/.lock").write_bytes(b"Caf\xe9")  # whoever wrote that
-        assert "Caf\ufffd is working in" in code_and_line(print, f"--workdir={tmp_path}/run")[1]
+        assert "Caf\ufffd is working in" in ended(capfd, print, f"--workdir={tmp_path}/run")[1]
         other.kill()
-    assert code_and_line(print, f"--workdir={tmp_path}/run") == (0,)  # the dead hold nothing
+    assert ended(capfd, print, f"--workdir={tmp_path}/run") == (0,)  # the dead hold nothing
 
 
-def test_a_directory_in_which_nothing_was_computed_takes_new_settings(tmp_path, code_and_line):
+def test_a_directory_in_which_nothing_was_computed_takes_new_settings(tmp_path, capfd):
     def typo(config, work):
         (work.root / "activations").mkdir(exist_ok=True)
         raise UserError("text.source=typo.txt does not exist.")
 
     where, right = f"--workdir={tmp_path}/run", "--config.text.source=right.txt"
-    assert code_and_line(typo, where, "--config.text.source=typo.txt")[0] == 2
-    assert code_and_line(print, where, right) == (0,)
+    assert ended(capfd, typo, where, "--config.text.source=typo.txt")[0] == 2
+    assert ended(capfd, print, where, right) == (0,)
     workdir.write_json(tmp_path / "run/results/pairing.json", {})
-    assert code_and_line(print, where, right) == (0,)
-    code, line = code_and_line(print, where, "--config.text.source=other.txt")
+    assert ended(capfd, print, where, right) == (0,)
+    code, line = ended(capfd, print, where, "--config.text.source=other.txt")
     assert code == 2 and "was made with other settings (text.source: right.txt there" in line
 
 
@@ -144,19 +139,13 @@ def test_a_training_that_is_told_to_stop_saves_and_goes_on_the_same(tmp_path, mo
     assert metrics(tmp_path / "b") == metrics(tmp_path / "a")
 
 
-class Poisoned(Regression):
-    """Its last update is not a number, while every loss is one."""
-
-    def optimizer(self, fixed):
-        poison = optax.scale_by_schedule(lambda count: jnp.where(count == 129, jnp.nan, 1.0))
-        return optax.chain(super().optimizer(fixed), poison)
-
-
 def test_an_update_that_is_not_finite_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr("test_training.Regression", Poisoned)
-        refused(r"toy: parameter \['w'\] is not finite after step 129", fit, tmp_path)
-        assert [p.name for p in (tmp_path / "checkpoints").glob("*.json")] == ["120.sha256.json"]
+    """The last update is not a number, while every loss is one."""
+    poison = optax.scale_by_schedule(lambda count: jnp.where(count == 129, jnp.nan, 1.0))
+    poisoned = optax.chain(Regression().optimizer({}), poison)
+    monkeypatch.setattr(Regression, "optimizer", lambda self, fixed: poisoned)
+    refused(r"toy: parameter \['w'\] is not finite after step 129", fit, tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").glob("*.json")] == ["120.sha256.json"]
 
 
 @pytest.mark.slow

@@ -93,17 +93,12 @@ def test_what_a_gpus_compiler_measured_lies_in_the_work_directory(name, tmp_path
     assert told.stdout.strip() == str(tmp_path / name / "autotuning"), told.stderr
 
 
-@pytest.fixture
-def refused(capfd):
-    """(stage, arguments) -> the one line that a mistake gets, with exit code 2."""
-
-    def line_of(main, arguments, **how) -> str:
-        capfd.readouterr()
-        assert run_here(main, arguments, **how) == 2
-        (line,) = capfd.readouterr().err.splitlines()
-        return line
-
-    return line_of
+def refused(capfd, main, arguments) -> str:
+    """The one line that a mistake in a command gets, with exit code 2."""
+    capfd.readouterr()
+    assert run_here(main, arguments) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    return line
 
 
 def test_defaults_are_those_of_the_file(tmp_path):
@@ -168,36 +163,32 @@ MISTAKES = [  # arguments, what the line names
 
 
 @pytest.mark.parametrize(("arguments", "named"), MISTAKES, ids=[a for a, _ in MISTAKES])
-def test_mistakes_are_told_in_one_line(arguments, named, tmp_path, refused, monkeypatch):
+def test_mistakes_are_told_in_one_line(arguments, named, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert named in refused(print, f"{arguments} --workdir={tmp_path}/run")
+    assert named in refused(capfd, print, f"{arguments} --workdir={tmp_path}/run")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """(name of a command, its arguments) -> exit code, of the real script run in this process."""
+def script(monkeypatch, name, *arguments) -> int:
+    """The exit code of the real script of a command, run in this process."""
+    codes = []
 
-    def run_script(name, *arguments):
-        codes = []
-        execute = lambda main, table="", **how: codes.append(  # noqa: E731
-            command.execute(main, [name, *arguments], **how)
-        )
-        monkeypatch.setattr(command, "run", execute)
-        runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
-        return codes[0]
+    def execute(main, table="", **how):
+        codes.append(command.execute(main, [name, *arguments], **how))
 
-    return run_script
+    monkeypatch.setattr(command, "run", execute)
+    runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
+    return codes[0]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules after import")
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_script_tells_mistakes_and_shows_its_flags(name, script, capfd):
+def test_every_script_tells_mistakes_and_shows_its_flags(name, monkeypatch, capfd):
     wrong, right = ("sorce", "source") if name in OWN_SETTINGS else ("sed", "seed")
-    assert script(name, f"--config.{wrong}=1") == 2
+    assert script(monkeypatch, name, f"--config.{wrong}=1") == 2
     out, err = capfd.readouterr()
     assert f"did you mean {right}?" in err and len(err.splitlines()) == 1 and out == ""
-    assert script(name, "--help") == 0
+    assert script(monkeypatch, name, "--help") == 0
     out = capfd.readouterr().out
     assert f"python -m launch.{name}" in out
     shown = set(re.findall(r"^  --(\w+) ", out, re.M))
@@ -231,9 +222,9 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("program", BROKEN)
-def test_broken_config_files_are_told_in_one_line(program, tmp_path, refused):
+def test_broken_config_files_are_told_in_one_line(program, tmp_path, capfd):
     (tmp_path / "own.py").write_text(program)
-    line = refused(print, f"--config={tmp_path}/own.py --workdir={tmp_path}/run")
+    line = refused(capfd, print, f"--config={tmp_path}/own.py --workdir={tmp_path}/run")
     assert "own.py" in line or line.startswith(("layers=", "sae="))
     assert not (tmp_path / "run").exists()
 
@@ -251,12 +242,12 @@ def test_a_tilde_is_the_home_and_a_config_may_import_one_beside_it(tmp_path, mon
     assert hub.fetch("~/dictionary") == tmp_path / "dictionary"
 
 
-def test_bad_work_directories_are_told_in_one_line(tmp_path, refused):
+def test_bad_work_directories_are_told_in_one_line(tmp_path, capfd):
     (tmp_path / "config.json").write_text('{"sae": ')
     (tmp_path / "file").touch()
     for path in (tmp_path, "/proc/run", tmp_path / "file/run"):
-        assert str(path) in refused(print, f"--models=a,b --workdir={path}")
-    assert "--workdir= is empty" in refused(print, "--models=a,b --workdir=")
+        assert str(path) in refused(capfd, print, f"--models=a,b --workdir={path}")
+    assert "--workdir= is empty" in refused(capfd, print, "--models=a,b --workdir=")
     words = r"no README\.md to write; run this in a checkout"  # of an installed package
     tiny_run.refused(words, write_docs, Workdir(tmp_path), tmp_path)
 
@@ -347,7 +338,7 @@ def test_the_main_job_again_keeps_what_is_there(finished):
     assert {p: p.stat().st_mtime_ns for p in before} == before and pairing.read_bytes() == paired
 
 
-def test_other_features_may_be_named_until_some_are_tested(finished, tmp_path, refused):
+def test_other_features_may_be_named_until_some_are_tested(finished, tmp_path, capfd):
     work = Workdir(shutil.copytree(finished[0], tmp_path / "run"))
     work.result("transfer_features.inputs.json").unlink()
     stamps = [work.result(f"{stage}.inputs.json") for stage in ("evaluate", "intervene")]
@@ -357,7 +348,7 @@ def test_other_features_may_be_named_until_some_are_tested(finished, tmp_path, r
     assert run_here("experiment", f"{asked}{tested}") == 0
     assert {row["feature"] for row in read_jsonl(file)} == {tested}
     assert [p.stat().st_mtime_ns for p in stamps] == before  # what reads no such settings is kept
-    assert "feature_ids: " in refused("intervene", f"{asked}1,2")
+    assert "feature_ids: " in refused(capfd, "intervene", f"{asked}1,2")
 
 
 def test_results_that_are_older_than_a_map_are_a_warning(finished, tmp_path):
@@ -389,14 +380,14 @@ def test_an_interruption_that_python_drops_comes_again(tmp_path):
     assert done.stderr.startswith("Interrupted; the same command")
 
 
-def test_a_wrong_source_is_told_before_anything_is_read(tiny, tmp_path, refused):
+def test_a_wrong_source_is_told_before_anything_is_read(tiny, tmp_path, capfd):
     asked, work = small(tiny, **{"sae.sources": "typo,train"}), f"--workdir={tmp_path}/run"
-    assert "typo is no dictionary folder" in refused("extract_activations", [*asked, work])
+    assert "typo is no dictionary folder" in refused(capfd, "extract_activations", [*asked, work])
     assert not Workdir(tmp_path / "run").computed
     assert parse(work)[0].sae.sources == ()  # its settings are no next command's
 
 
-def test_wrong_models_and_layers_are_told_in_one_line(tiny, tmp_path, refused):
+def test_wrong_models_and_layers_are_told_in_one_line(tiny, tmp_path, capfd):
     few = tmp_path / "few"  # an embedding too small for the tokenizer
     models.save(models.init(SHAPES["a"] | {"vocab_size": 270}), few)
     shutil.copy(tiny / "a" / "tokenizer.json", few)
@@ -406,7 +397,7 @@ def test_wrong_models_and_layers_are_told_in_one_line(tiny, tmp_path, refused):
         ("layers", "1,2", "resid_pre.2"),
     ):
         arguments = [*small(tiny, **{name: value}), f"--workdir={tmp_path}/{named}"]
-        assert named in refused("extract_activations", arguments)
+        assert named in refused(capfd, "extract_activations", arguments)
 
 
 DICTIONARY = "resid_pre.1/seed-0"
@@ -422,7 +413,7 @@ DAMAGE = [  # which file is cut or altered, the stage that reads it, what it has
 
 
 @pytest.mark.parametrize(("cut", "path", "stage", "again"), DAMAGE)
-def test_damage_is_named(cut, path, stage, again, finished, refused, tmp_path):
+def test_damage_is_named(cut, path, stage, again, finished, capfd, tmp_path):
     work = tmp_path / "run"
     shutil.copytree(finished[0], work, ignore=shutil.ignore_patterns(again))
     file = work / path
@@ -433,19 +424,19 @@ def test_damage_is_named(cut, path, stage, again, finished, refused, tmp_path):
     if not cut:
         data[len(data) // 2] ^= 1
     file.write_bytes(data[:-7] if cut else data)
-    assert str(file) in refused(stage, f"--workdir={work}")
+    assert str(file) in refused(capfd, stage, f"--workdir={work}")
 
 
 @pytest.mark.parametrize("stage", [stage for _, _, stage, _ in DAMAGE])
-def test_a_stage_before_its_input_says_what_to_run(stage, tiny, tmp_path, refused):
-    assert "run" in refused(stage, [*small(tiny), f"--workdir={tmp_path}/work"])
+def test_a_stage_before_its_input_says_what_to_run(stage, tiny, tmp_path, capfd):
+    assert "run" in refused(capfd, stage, [*small(tiny), f"--workdir={tmp_path}/work"])
 
 
-def test_a_finished_run_is_asked_further_questions(finished, refused):
+def test_a_finished_run_is_asked_further_questions(finished, capfd):
     asked = f"--workdir={finished[0]} --config.contrast.features=3"
-    assert "contrast.source is empty" in refused("contrast", asked)
+    assert "contrast.source is empty" in refused(capfd, "contrast", asked)
     asked = f"--workdir={finished[0]} --config.probe.source=nowhere.jsonl"
-    assert "nowhere.jsonl is no file" in refused("probe", asked)
+    assert "nowhere.jsonl is no file" in refused(capfd, "probe", asked)
 
 
 @pytest.mark.slow

@@ -226,13 +226,6 @@ def test_shuffling_moves_whole_target_rows_and_nothing_else(nonlinear):
     assert len({tuple(maps.shuffled(pairs, *way).target.order) for way in ways}) == 12
 
 
-def test_an_unknown_kind_is_refused_with_those_that_exist(tmp_path):
-    store = map_problems.FakeStore({"a": 6, "b": 5})
-    config = Config(layers=(1,), map=MapConfig(kinds=("mean", "rigde")))
-    words = r"map.kinds=rigde is no map; use .*ridge, ridge_codes, token"
-    refused(words, fit.fit_maps, config, store, Workdir(tmp_path))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_problem_without_rows_is_refused(nonlinear, tmp_path, kind):
     nothing = dataclasses.replace(nonlinear[0], train=nonlinear[0].train.take(slice(0)))
@@ -253,7 +246,9 @@ def test_a_map_without_its_dictionary_is_refused(nonlinear, fitted_on, tmp_path)
     refused("with another dictionary of the target", maps.load, tmp_path / "map")
 
 
-def test_a_batch_larger_than_the_rows_is_refused(nonlinear, tmp_path):
+def test_an_unknown_kind_and_a_batch_larger_than_the_rows_are_refused(nonlinear, tmp_path):
+    words = r"map.kinds=rigde is no map; use .*ridge, ridge_codes, token"
+    refused(words, fit.fit_maps, *stage(tmp_path, {"a": 6, "b": 5}, kinds=("mean", "rigde")))
     config = dataclasses.replace(CONFIG, batch_size=4096)
     words = r"map\.batch_size=4096 is larger than the 1600"
     refused(words, fit_one, "mlp", nonlinear[0], tmp_path, config)

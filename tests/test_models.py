@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from crossdict_jax import models
 from crossdict_jax.models import Site, capture
+from crossdict_jax.models.attention import attend
 
 GOLDENS = Path(__file__).parent / "goldens"
 VARIANTS = sorted(file.parent.name for file in GOLDENS.glob("*/config.json"))
@@ -93,6 +94,15 @@ def test_real_models_give_the_loss_of_hugging_face(name):
     loss = -np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], axis=-1).mean()
     assert lm.name == name and abs(loss - golden["loss"]) < 1e-4
     assert lm.tokenizer.decode(golden["tokens"][0]).startswith("Once upon a time")
+
+
+@pytest.mark.parametrize("batch, seq", ((3, 70), (12, 300), (2, 64)))
+def test_attention_in_blocks_of_queries_is_attention(batch, seq):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (batch, seq, n, 16)) for key, n in zip(keys, (4, 2, 2)))
+    ours = attend(q, 3 * k, v, scale=0.3, dtype=jnp.dtype("float32"), past=None)
+    theirs = jax.nn.dot_product_attention(q, 3 * k, v, scale=0.3, is_causal=True)
+    assert relative_error(ours, np.asarray(theirs).reshape(ours.shape)) < 1e-5
 
 
 @each_family

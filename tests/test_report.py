@@ -9,10 +9,10 @@ import pytest
 from tiny_run import refused
 
 from crossdict_jax.config import Config, settings
-from crossdict_jax.report import answer, inputs
+from crossdict_jax.report import answer, inputs, plots, transfer
 from crossdict_jax.report.docs import write_docs
 from crossdict_jax.report.page import write_report
-from crossdict_jax.report.results import WRITTEN_BY, read_run, stitchings
+from crossdict_jax.report.results import WRITTEN_BY, comparisons, read_run, stitchings
 from crossdict_jax.report.tables import number
 from crossdict_jax.report.terminal import summary_table
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER, PAIR
@@ -416,3 +416,11 @@ def test_controls_and_single_features_get_their_sections(tmp_path):
     assert "least" in last[0] and last[7].strip() == "–"
     bins = page.tables["Features in bins of firing frequency and of token share"]
     assert len(bins) == 3 and bins[1][0] == "docs-gpt2 → docs-neox, resid_pre.6"
+
+
+def test_far_below_zero_stays_on_the_axis():
+    rows = transfer_rows(layers=(6,))
+    low = [r | bounded(0.5, r2=-7.5) if r["map"] == "ridge" else r for r in rows]
+    group = comparisons(low)[:1]
+    low, _ = plots.score_limits(group[0].lines, "r2", -0.5, 0.1)
+    assert -0.6 < low < 0 and "◂ −7.5" in transfer.r2_figure(group[0], group).svg

@@ -44,19 +44,13 @@ def asked(config, **changes):
 
 
 @pytest.fixture(scope="module")
-def feature(run) -> int:
-    """A feature that often fires."""
-    _, work = run
+def answered(run):
+    """Of a feature that often fires: the settings, the answer's name, and its bytes."""
+    config, work = run
     store = open_store(work.activations)
     d = dictionaries.load(work.dictionary("a", tiny_run.SITE))
     f = d.encode(store.read("a", tiny_run.SITE, store.select("test")).astype(np.float32))
-    return int((np.asarray(f) > 0).sum(0).argmax())
-
-
-@pytest.fixture(scope="module")
-def answered(run, feature):
-    config, work = run
-    config = asked(config, feature=feature)
+    config = asked(config, feature=int((np.asarray(f) > 0).sum(0).argmax()))
     name = steer(config, work)
     return config, name, work.result(f"steering/{name}.jsonl").read_bytes()
 

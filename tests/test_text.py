@@ -166,16 +166,11 @@ def test_settings_that_leave_nothing_are_refused(sources, tmp_path):
     refused("too small for one character", load, tmp_path / "book.txt", max_bytes=2)
 
 
-@pytest.fixture
-def modules(tmp_path):
+def read(folder, sources):
     """Writes sources as modules; returns the documents' texts by name."""
-
-    def read(sources):
-        for name, source in sources.items():
-            (tmp_path / f"{name}.py").write_text(source)
-        return dict(docstrings.module_texts([("", tmp_path)]))
-
-    return read
+    for name, source in sources.items():
+        (folder / f"{name}.py").write_text(source)
+    return dict(docstrings.module_texts([("", folder)]))
 
 
 LONG = "This sentence explains at some length what the function computes and when to call it."
@@ -188,40 +183,40 @@ def document(*paragraphs, indent=""):
     return f'{indent}"""{body}\n{indent}"""\n'
 
 
-def test_docstrings_are_read_in_order_and_never_imported(modules):
+def test_docstrings_are_read_in_order_and_never_imported(tmp_path):
     source = document(LONG) + "raise SystemExit\nclass A:\n" + document(OTHER, indent="    ")
     source += "    async def f():\n" + document(THIRD, indent="        ")
     source += "if True:\n    def g():\n        'Only with one quote.'\n"
     source += "x = '''A string that is no docstring.'''\n"
-    found = modules({"a": source})
+    found = read(tmp_path, {"a": source})
     assert found["a"] == "\n\n".join([LONG, OTHER, THIRD, "Only with one quote."])
 
 
-def test_code_tables_and_foreign_letters_are_left_out(modules):
+def test_code_tables_and_foreign_letters_are_left_out(tmp_path):
     table = "0.1 0.2 0.3\n0.4 0.5 0.6"
     code = "```python\nx = 1\n\ny = 2\n```"
-    doctest = ">>> import numpy as np\n>>> np.ones(3)\narray([1., 1., 1.])"
+    prompt = ">>> import numpy as np\n>>> np.ones(3)\narray([1., 1., 1.])"
     ruled = "Returns\n-------\nresult : float"
     foreign = "Это предложение написано по-русски."
-    found = modules({"a": document(LONG, table, code, doctest, ruled, foreign, OTHER, THIRD)})
+    found = read(tmp_path, {"a": document(LONG, table, code, prompt, ruled, foreign, OTHER, THIRD)})
     assert found["a"] == "\n\n".join([LONG, ruled, OTHER, THIRD])
 
 
-def test_a_repeated_paragraph_stays_with_the_smallest_hash(modules):
+def test_a_repeated_paragraph_stays_with_the_smallest_hash(tmp_path):
     sources = {n: document(LONG.replace(" ", "\n", 4), OTHER + n, THIRD + n) for n in "abcdef"}
     sources["b"] = document(LONG, OTHER + "b", THIRD + "b")  # other line breaks
-    found = modules(sources)
+    found = read(tmp_path, sources)
     first = min(sources, key=lambda name: hashlib.sha256(name.encode()).digest()[8:])
     holders = [name for name, text in found.items() if LONG in " ".join(text.split())]
     assert holders == [first]
 
 
-def test_copies_short_documents_and_unparsable_modules_are_skipped(modules):
+def test_copies_short_documents_and_unparsable_modules_are_skipped(tmp_path):
     sources, rest = {}, f"{LONG}\n{OTHER}\n{THIRD}"
     for name in ("weights", "tokenizer"):
         sources[name] = document(f"Loads the {name} of the model from a given folder.\n{rest}")
     sources |= {"short": document("Of no use."), "broken": "def (:"}
-    assert len(modules(sources)) == 1  # one of the copies: nothing is left of the other
+    assert len(read(tmp_path, sources)) == 1  # one of the copies: nothing is left of the other
 
 
 def normal_paragraphs(documents):

@@ -115,7 +115,7 @@ def finished(tmp_path_factory):
 
 
 def test_the_store_holds_what_is_written_and_maps_see_only_what_is_read(finished):
-    _, store, _ = finished
+    config, store, _ = finished
     for model in ("a", "b"):
         assert store.sites_of(model) == (tiny_run.SITE,)
         assert store.output_of(model, tiny_run.SITE) == ("b", Site(1, "mlp_out"))
@@ -123,6 +123,11 @@ def test_the_store_holds_what_is_written_and_maps_see_only_what_is_read(finished
     rows = store.select("test")
     assert store.read("b", Site(1, "mlp_out"), rows).shape == (len(rows), 24)
     refused(r"has no a at mlp_out\.1", store.read, "a", Site(1, "mlp_out"), rows)
+    # A re-initialised model writes where its model does.
+    assert untrained.untrained_sites(config, store).writes == {
+        ("a-untrained", tiny_run.SITE): ("b", Site(1, "mlp_out")),
+        ("b-untrained", tiny_run.SITE): ("b-untrained", Site(1, "mlp_out")),
+    }
 
 
 def test_evaluation_scores_and_puts_in_what_is_written(finished):
@@ -157,14 +162,6 @@ def test_features_are_stitched_where_they_are_written(finished, capsys):
     transfer_features(config, work)
     assert "single features: left out" in capsys.readouterr().out
     assert not work.result("feature_causal.jsonl").exists()
-
-
-def test_a_re_initialised_model_writes_where_its_model_does(finished):
-    config, store, _ = finished
-    assert untrained.untrained_sites(config, store).writes == {
-        ("a-untrained", tiny_run.SITE): ("b", Site(1, "mlp_out")),
-        ("b-untrained", tiny_run.SITE): ("b-untrained", Site(1, "mlp_out")),
-    }
 
 
 def test_an_export_names_both_sites(finished, tmp_path):

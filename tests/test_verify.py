@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from crossdict_jax.verify import planted
-from crossdict_jax.verify.planted import PlantedConfig, plant, streams, views
+from crossdict_jax.verify.planted import PlantedConfig, best_cosines, plant, streams, views
 
 RELATED = PlantedConfig(rows=40_000, correlated=8, children=8)
 SPOKEN = PlantedConfig(documents=60, from_token=0.5, exclusive=0.0)
@@ -67,6 +67,22 @@ def test_a_child_fires_only_with_its_parent_and_partners_together_and_strangers_
     assert (np.abs(apart - p * truth.frequency[strangers]) < 0.02).all()
 
 
+def test_bursts_are_between_documents():
+    def spread(burstiness):
+        v = views(PlantedConfig(rows=64_000, documents=64, burstiness=burstiness), seed=0)
+        by_document = np.stack([(v.codes[v.document == d] > 0).mean(0) for d in range(64)])
+        return (by_document.std(0) / by_document.mean(0)).mean()
+
+    assert spread(0.5) > 0.45 > 0.15 > spread(0.0)
+
+
+def test_equal_seeds_give_equal_bits_and_others_do_not():
+    config = PlantedConfig(rows=500, documents=10, burstiness=0.3, from_token=0.2)
+    drawn = (views(config, seed) for seed in (5, 5, 6))
+    for a, b, c in zip(*((*made.x, made.codes) for made in drawn)):
+        assert (a == b).all() and (a != c).any()
+
+
 @pytest.fixture(scope="module")
 def spoken():
     return streams(SPOKEN, seed=1)
@@ -96,3 +112,13 @@ def test_the_token_determines_its_features_and_says_nothing_of_others(spoken):
         np.testing.assert_allclose(share[token], 1, atol=1e-5)
         chance = len(counts) / len(spoken.codes)  # what so many means explain of noise
         assert share[context].mean() == pytest.approx(chance, rel=0.3)
+
+
+def test_best_cosines_find_planted_directions_in_any_order():
+    directions = plant(PlantedConfig(exclusive=0.5), seed=0).directions[0]
+    order = np.random.default_rng(0).permutation(len(directions))
+    cosine, row = best_cosines(3.0 * directions[order], directions)
+    seen = np.linalg.norm(directions, axis=1) > 0
+    np.testing.assert_allclose(cosine[seen], 1, atol=1e-6)
+    assert (order[row[seen]] == np.flatnonzero(seen)).all()
+    assert np.isnan(cosine[~seen]).all() and (row[~seen] == -1).all()

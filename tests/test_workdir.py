@@ -66,15 +66,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     refused("is a file", opened, tmp_path / "notes.txt")
 
 
-def test_names_of_models_collide_in_order():
+def test_names_of_models_collide_in_order(tmp_path, monkeypatch):
     assert model_names(["org/a", "other/a/", "a b", "/"]) == ["a", "a-2", "a-b", "model"]
     assert model_names(["shards", "x/training"]) == ["shards-2", "training-2"]  # not ours
     paths = ["/x/a", "/x/a/", "/x/a/.", "/x/a/b/..", "/y//a", "x/../a"]
     assert model_names(paths) == ["a", *(f"a-{n}" for n in range(2, 7))]
-
-
-def test_a_model_in_the_current_folder_is_named_by_it(tmp_path, monkeypatch):
-    (tmp_path / "mine" / "inner").mkdir(parents=True)
+    (tmp_path / "mine" / "inner").mkdir(parents=True)  # the current folder has a name, too
     monkeypatch.chdir(tmp_path / "mine" / "inner")
     assert model_names([".", "..", "../", "./"]) == ["inner", "mine", "mine-2", "inner-2"]
 

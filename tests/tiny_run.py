@@ -21,7 +21,7 @@ from crossdict_jax.maps.kinds.mlp import MLP
 from crossdict_jax.maps.network import initial
 from crossdict_jax.models import Site
 from crossdict_jax.pretraining.tokenizer import save_tokenizer, train_tokenizer
-from crossdict_jax.workdir import Workdir, open_workdir, read_json, write_jsonl
+from crossdict_jax.workdir import Workdir, open_workdir, read_json, write_jsonl, write_text
 
 ROOT = Path(__file__).parents[1]
 DATA = os.environ.get("CROSSDICT_DATA")  # real models, tokenizers and dictionaries
@@ -81,7 +81,6 @@ def make_models(root: Path, texts: list[str], shapes=SHAPES, *, copies=False) ->
 def small_flags(root: Path) -> list[str]:
     """The flags of a whole small run; its text is written to ``root``, its models beside that."""
     texts = make_texts(60)
-    root.mkdir(parents=True)
     source = write_rows(root / "text.jsonl", [{"text": text} for text in texts])
     models = ",".join(make_models(root.parent / "models", texts))
     return flags(SMALL, **{"models": models, "text.source": source})
@@ -104,9 +103,8 @@ def changed(config: Config, **values) -> Config:
 def make_config(root: Path) -> Config:
     """The settings of the run, its text written to ``root``; tests of controls turn them on."""
     texts = make_texts(60)
-    (root / "text").mkdir(parents=True)
     for i, text in enumerate(texts):
-        (root / "text" / f"{i}.txt").write_text(text)
+        write_text(root / "text" / f"{i}.txt", text)
     config = Config(models=make_models(root, texts), layers=(SITE.layer,), controls=())
     small = {"text__source": str(root / "text"), "text__documents": 60, "text__window_tokens": 40}
     small |= {"sae__width": 32, "sae__k": 6, "map__kinds": ("mean", "token", "ridge", "mlp")}

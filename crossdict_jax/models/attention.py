@@ -61,8 +61,8 @@ def _attend_in_blocks(product: Callable, query, key, value) -> jax.Array:
     batch, seq, heads, d_head = query.shape
     size = BLOCK if seq <= 4 * BLOCK else 2 * BLOCK
     devices = math.gcd(batch, devices_of_rows())  # each has its texts in sequence
-    most = max(1, SCORES // (heads * size * seq))
-    few = math.gcd(batch // devices, 2 ** int(math.log2(most)))
+    limit = max(1, SCORES // (heads * size * seq))
+    few = math.gcd(batch // devices, 2 ** int(math.log2(limit)))
 
     def attend_few(texts):
         query, key, value = (x.reshape(-1, *x.shape[2:]) for x in texts)
