@@ -50,11 +50,7 @@ SHORT = {"models": "models", "layers": "layers", "width": "sae.width", "seed": "
 SHORT |= {"machine": "machine", "suite": "suite"}  # of launch.compile, launch.benchmark
 EXAMPLES = {"get_config": "quickstart", "get_expectations": "chen2025_gpt2"}
 GPU = ("jax_cuda13_plugin", "jax_cuda12_plugin")  # JAX's own for NVIDIA's
-MALLOC = {  # by the numbers of glibc's mallopt; memory that is mapped anew costs 2 us a page
-    -8: os.cpu_count(),  # heaps of threads; each keeps what it freed, and it would make 8 a core
-    -3: 2**25,  # bytes of an array that has a map of its own: as many as it allows
-    -1: 2**28,  # freed bytes that are kept for the next array; stages give them back at the end
-}
+M_ARENA_MAX = -8  # heaps of threads; each keeps what it freed, and glibc would make 8 a core
 HELP = {"help", "helpshort", "helpfull", "h", "?"}
 ENVIRONMENT = {  # where nothing else is asked for
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # advice between the progress bars
@@ -93,8 +89,7 @@ def run(
         signal.signal(number, signal.default_int_handler)
     sys.unraisablehook = _again
     with contextlib.suppress(AttributeError, OSError):  # glibc's alone
-        for option, value in MALLOC.items():
-            ctypes.CDLL(None).mallopt(option, value)
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, os.cpu_count())
     # absl's own parser exits with 1, and fails outside of main where nothing can be caught.
     flags.FLAGS.mark_as_parsed()
     act = functools.partial(execute, start, kind=kind, default=default, writes=writes)
