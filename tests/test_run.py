@@ -11,7 +11,7 @@ from tiny_run import refused, shared
 from crossdict_jax import models, stats
 from crossdict_jax.activations.passages import select_passages
 from crossdict_jax.activations.store import open_store
-from crossdict_jax.models import Site, run
+from crossdict_jax.models import Site, attention, run
 from crossdict_jax.models.base import LayerNorm
 from crossdict_jax.models.run import Passages, Runner
 
@@ -197,6 +197,9 @@ def test_windows_are_padded_little(lm, lengths, size, shapes):
 @pytest.mark.mesh
 def test_no_large_array_is_gathered_across_devices(runner, passages, monkeypatch):
     called = []
+    for name in ("BLOCK", "SCORES"):  # as if texts were long
+        monkeypatch.setattr(attention, name, 1)
+    jax.clear_caches()
     monkeypatch.setattr(run, "run_model", lambda *args: called.append(args) or call(*args))
     runner.splice(passages, Site(1), {"zero": np.zeros(8, np.float32)})
     x, at = runner.put(np.zeros((16, 12, 8), np.float32)), runner.put(np.zeros((16, 4), np.int32))

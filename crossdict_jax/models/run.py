@@ -194,7 +194,7 @@ class Runner:
         """
         self.config, self.name, self.mesh = lm.config, lm.name, make_mesh()
         graphdef, params = modules.split(lm)
-        self._model = graphdef, product_dtype(dtype)
+        self._model = graphdef, product_dtype(dtype), self.mesh.abstract_mesh
         self._params = put(rounded(params, self._model[1]), shard(self.mesh))
         self._batch_size = batch_size
 
@@ -480,11 +480,12 @@ def _by_text(row: np.ndarray, position: np.ndarray, shape: tuple[int, int]) -> t
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), keep_unused=True)  # which lie there, too
 def run_model(function, model, static, graphs, params, shared, arrays) -> PyTree:
     """See ``Runner.dispatch``."""
-    graphdef, dtype = model
+    graphdef, dtype, mesh = model
     lm = modules.merge(graphdef, params)
     lm.dtype = dtype
     shared = [s if g is None else modules.merge(g, s) for g, s in zip(graphs, shared)]
-    return function(lm, *static, *shared, *arrays)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return function(lm, *static, *shared, *arrays)
 
 
 def _captured(lm, sites, dtype, tokens) -> tuple[jax.Array, ...]:
