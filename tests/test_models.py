@@ -96,7 +96,7 @@ def test_real_models_give_the_loss_of_hugging_face(name):
     assert lm.tokenizer.decode(golden["tokens"][0]).startswith("Once upon a time")
 
 
-@pytest.mark.parametrize("batch, seq", ((3, 130), (12, 300), (2, 128)))
+@pytest.mark.parametrize("batch, seq", ((3, 130), (12, 300)))
 def test_attention_in_blocks_of_queries_is_attention(batch, seq):
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (batch, seq, n, 16)) for key, n in zip(keys, (4, 2, 2)))

@@ -61,7 +61,7 @@ def _attend_in_blocks(product: Callable, query, key, value) -> jax.Array:
     batch, seq, heads, d_head = query.shape
     devices = math.gcd(batch, devices_of_rows())  # each has its texts in sequence
     limit = max(1, SCORES // (heads * BLOCK * seq))
-    few = math.gcd(batch // devices, 2 ** int(math.log2(limit)))
+    few = max(n for n in range(1, limit + 1) if batch // devices % n == 0)
 
     def attend_few(texts):
         query, key, value = (x.reshape(-1, *x.shape[2:]) for x in texts)
