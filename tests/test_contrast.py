@@ -89,6 +89,8 @@ def test_mapped_directions_of_causes_bear_the_preference_of_the_other_model(plan
     assert row["moves"] is True
     assert row["effect"] > 0.15 and row["accuracy"] > row["accuracy_ablated"]
     assert max(row[f"p_{family}"] for family in ("random", "shuffled", "others")) <= 0.05
+    few = {n: reader_of(planted, triggered(CAUSES, planted, n=5), n) for n in "ab"}
+    assert transferred(planted, few, true, CAUSES)["moves"] is None
 
 
 def test_other_directions_and_features_that_do_nothing_there_do_not(planted, readers):

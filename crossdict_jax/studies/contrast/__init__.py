@@ -77,7 +77,7 @@ def section(rows: list[dict]) -> str:
         "they fire; p is the share of each kind that cost as much. Then their mapped directions "
         "are taken out of the other model, as strongly as they fire in the first; “own” are its "
         "own top features, the most that a mapped direction can do. A model that does no better "
-        "than chance gets no verdict."
+        "than chance gets no verdict, and neither do fewer than six test pairs."
     ]
     for name in dict.fromkeys(row["set"] for row in rows):
         of_set = [row for row in rows if row["set"] == name]

@@ -22,6 +22,7 @@ from crossdict_jax.studies.reading import Reading, read_texts
 SEQ_STEP = 8  # lengths are rounded up: few programs for many sets
 AT_ONCE = 16  # draws, and features of a draw, are padded to a multiple: one program for all
 LEVEL = 0.05  # of the share of controls that may cost as much
+JUDGED = 6  # pairs, for a verdict: of fewer, all have one sign by chance too often
 STEPS = 8  # of integrated gradients; 1 would be gradient times activation
 
 
@@ -158,8 +159,8 @@ def ablate(
     Controls replace each vector by one of its norm and strength, random ("random") or another
     feature's ("shuffled"), or remove as many other features where they fire, scaled to an equal
     norm ("others"). p is the share of controls, the cut among them, that cost as much. ``moves``
-    (null if not ``judged``): the cut surely costs more than each family's mean and than 95 % of
-    its members.
+    (null if not ``judged``, or of fewer than JUDGED pairs): the cut surely costs more than each
+    family's mean and than 95 % of its members.
     """
     clean = reader.preference
     draws = stats.draw(np.arange(len(clean)), count=config.evaluation.bootstrap, seed=config.seed)
@@ -176,7 +177,7 @@ def ablate(
         "accuracy": float((clean > 0).mean()),
         "accuracy_ablated": float((clean - drop > 0).mean()),
     }
-    specific = [judged or None]
+    specific = [(judged and len(drop) >= JUDGED) or None]
     for family, controls in families.items():
         null, nulls = np.array(nulls[: len(controls)]), nulls[len(controls) :]
         lead = mean = p = None
