@@ -199,7 +199,8 @@ class Store:
             starts = np.asarray(self.meta["shard_starts"])  # first row of every shard, and the end
             shards = np.searchsorted(starts, rows, side="right") - 1
             elsewhere = self.meta["models"][model].get("directory", ".")  # of another store
-            out = np.empty((len(rows), self.d_model(model)), np.uint16)
+            d_model = self.d_model(model)
+            out = np.empty((0, d_model), np.uint16)
             for shard in np.unique(shards):
                 index, name = shards == shard, shard_name(model, str(site), shard)
                 path = Path(os.path.normpath(self.directory / elsewhere / name))
@@ -208,6 +209,9 @@ class Store:
                     self._verified.add(name)
                 with understood(path, mend=MEND):
                     x = np.load(path, mmap_mode="r", allow_pickle=False)
+                    if x.shape[1] != d_model:  # before memory is asked for
+                        raise ValueError(f"{x.shape[1]} wide, not {d_model}")
+                    out = out if len(out) else np.empty((len(rows), d_model), np.uint16)
                     out[index] = x[rows[index] - starts[shard]]
         return out.view(ml_dtypes.bfloat16)
 

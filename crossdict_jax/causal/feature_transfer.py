@@ -63,7 +63,8 @@ def transfer_features(config: Config, work: Workdir) -> None:
         rows += [pair_columns(group) | matches[row["feature"]] | row for row in of_features]
         summary += [pair_columns(group) | row for row in of_directions]
     files = {ROWS: rows, SUMMARY: summary}
-    stage.finish(files, features=sum(row["n_features"] for row in summary))
+    tested = sum(row["n_features"] for row in summary if row["direction"] == effects.MATCH)
+    stage.finish(files, features=tested)
 
 
 def experiment_of(
@@ -112,6 +113,7 @@ def choose_features(run: FinishedRun, group: directions.MapGroup) -> tuple[np.nd
     live &= np.isin(np.arange(len(live)), run.live(*end))
     drawn = stats.generator(run.config.seed).permutation(np.flatnonzero(live))
     site = f"{group.source} at {group.site_source}"
+    more = "intervention.documents, or text.documents where the run has no more for the test"
     if settings.feature_ids:
         chosen = np.array(list(dict.fromkeys(settings.feature_ids)))
         asked = f"intervention.feature_ids={','.join(map(str, settings.feature_ids))}"
@@ -121,8 +123,8 @@ def choose_features(run: FinishedRun, group: directions.MapGroup) -> tuple[np.nd
             if not live[i]:
                 raise UserError(
                     f"{asked}: feature {i} of {site} is dead, or fires at fewer than "
-                    f"{LEAST_FIRINGS} positions of the text that is read; name another or raise "
-                    "intervention.documents."
+                    f"{LEAST_FIRINGS} positions or {LEAST_DOCUMENTS} documents of the text that "
+                    f"is read ({len(names)} documents); name another or raise {more}."
                 )
     elif settings.choose == "matched":
         rank = {
@@ -136,7 +138,8 @@ def choose_features(run: FinishedRun, group: directions.MapGroup) -> tuple[np.nd
     if not len(chosen):
         raise effects.NothingToTest(
             f"No feature of {site} fires at {LEAST_FIRINGS} positions of {LEAST_DOCUMENTS} "
-            "documents; raise intervention.documents or train the dictionary for longer."
+            f"documents (of {len(names)} that are read); raise {more}, or train the dictionary "
+            "for longer."
         )
     others = drawn[~np.isin(drawn, chosen)]
     lent = max(0, effects.controls_at(run.config.evaluation.fdr) + 1 - len(chosen))

@@ -218,7 +218,7 @@ def measure(
         if left.sum() > ROUNDING * (rows["tt"] * seen).sum():  # else the token says all there is
             gain = 1.0 - draws.estimate(rows["token_error"] * seen, left)
     correlation = None
-    if live.any():  # in a resample, only features that vary there
+    if np.isfinite(r[0, live]).any():  # in a resample, only features that vary there
         defined = np.isfinite(r[:, live])
         with np.errstate(invalid="ignore", divide="ignore"):
             means = np.where(defined, r[:, live], 0.0).sum(axis=1) / defined.sum(axis=1)

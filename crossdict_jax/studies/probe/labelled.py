@@ -93,7 +93,7 @@ def split(
     if len(train) < max(examples):
         raise UserError(
             f"probe.examples={max(examples)} is more than the {len(train)} texts to train on: "
-            f"{left}, less those held out; ask for fewer or give more texts."
+            f"{left}, less those held out; ask for fewer, or give more or shorter texts."
         )
     if min(examples) < len(classes):
         raise UserError(
