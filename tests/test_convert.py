@@ -151,7 +151,12 @@ def test_what_is_uploaded_comes_back_the_same(tmp_path):
 
 
 ANSWERS = {200: "me/dictionaries has no .* in its top folder", 403: "hf auth login"}
-ANSWERS |= {404: "no such repository", 500: "status 500", None: "cannot be reached"}
+ANSWERS |= {
+    401: "on conditions only; accept them",
+    404: "no such repository",
+    500: "status 500",
+    None: "cannot be reached",
+}
 
 
 @pytest.mark.parametrize(("status", "words"), ANSWERS.items())
@@ -164,11 +169,20 @@ def test_a_hub_that_refuses_is_told_in_one_line(status, words, monkeypatch, tmp_
         if status is None:
             raise TimeoutError
         response = SimpleNamespace(status_code=status, headers={}, request=None)
-        kind = errors.RepositoryNotFoundError if status == 404 else errors.HfHubHTTPError
+        kinds = {401: errors.GatedRepoError, 404: errors.RepositoryNotFoundError}
+        kind = kinds.get(status, errors.HfHubHTTPError)
         raise kind("no", response=response)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", answer)
     refused(words, dictionaries.load, "hub:me/dictionaries")
+
+
+def test_a_whole_repository_is_named_after_itself(tiny, monkeypatch, tmp_path):
+    d = base.load(tiny[1].dictionary("a", SITE))
+    dictionaries.save_saelens(d, tmp_path / "made", **NAMED)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path / "made")
+    (folder,) = convert(ConvertConfig(source="hub:o/top@main"), Workdir(tmp_path))
+    assert folder == str(tmp_path / "dictionaries" / "top")
 
 
 def adopted(tiny, tmp_path, **changes):

@@ -83,6 +83,7 @@ def test_contract(kind, nonlinear, fitted_on):
     np.testing.assert_allclose(compiled, predicted, atol=1e-3)
     listed = m(np.asarray(inputs[:3]).tolist())  # tokens beside the inputs are optional
     np.testing.assert_array_equal(listed, m(inputs[:3]))
+    refused("must be", m, inputs[None])
     if kind != "mean":
         refused("must be", m, np.float32(inputs[0] if m.reads != "tokens" else inputs))
     if kind.startswith("token_"):

@@ -58,7 +58,7 @@ def convert(config: ConvertConfig, work: Workdir) -> list[str]:
             raise UserError(f"{root} has no finished dictionary; run train_saes first.")
     else:
         if config.source.startswith(hub.PREFIX):
-            root = Path(hub.parse(config.source)[1])
+            root = Path(*hub.parse(config.source)[:2])
         name = Path(os.path.abspath(root)).name or "dictionary"
         items.append((config.source, name, formats.names(config.source)))
     for source, name, said in items:

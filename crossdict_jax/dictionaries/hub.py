@@ -18,7 +18,8 @@ def parse(text: str) -> tuple[str, str, str | None]:
     """
     path, _, revision = text.removeprefix(PREFIX).partition("@")
     parts = path.strip("/").split("/")
-    if not text.startswith(PREFIX) or len(parts) < 2 or not all(parts) or ".." in parts:
+    wrong = {"", ".", "..", ".git"} & {*parts}
+    if not text.startswith(PREFIX) or len(parts) < 2 or wrong:
         raise UserError(
             f"{text!r} is no place on the hub; write hub:OWNER/NAME or hub:OWNER/NAME/FOLDER, "
             "with @REVISION behind it for an older one."
@@ -74,19 +75,22 @@ def push(folder: Path, text: str) -> str:
 @contextlib.contextmanager
 def _errors_in_one_line(text: str) -> Iterator[None]:
     """Turns errors into a UserError."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub import errors
 
     try:
         yield
     except Exception as error:  # of the hub; or offline, proxies, time-outs
         mend = "give a local folder or try again online."
-        what = f"the hub cannot be reached ({type(error).__name__})"
-        if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        problem = f"the hub cannot be reached ({type(error).__name__})"
+        if isinstance(error, errors.GatedRepoError):
+            mend = "accept them on its page, as the user of `hf auth login`."
+            problem = "it is given on conditions only"
+        elif isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
             mend = "check the spelling and `hf auth login`."
-            what = "there is no such repository, or it is private"
-        elif isinstance(error, HfHubHTTPError):
+            problem = "there is no such repository, or it is private"
+        elif isinstance(error, errors.HfHubHTTPError):
             status, mend = error.response.status_code, "check the revision, or try again later."
             if status in (401, 403):
                 mend = "log in with `hf auth login` as somebody who may write there."
-            what = f"the hub refuses with status {status}"
-        raise UserError(f"{text}: {what}; {mend}") from error
+            problem = f"the hub refuses with status {status}"
+        raise UserError(f"{text}: {problem}; {mend}") from error

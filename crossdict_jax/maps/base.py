@@ -407,7 +407,7 @@ def load(
       UserError: there is no finished map, it is damaged, or B's dictionary is missing, damaged
         or not the one that the map was fitted with, or A's is not.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     meta = checkpoint.load_meta(path)
     if "target_dictionary" not in meta:
         raise UserError(f"{path} holds another checkpoint than a map's; correct the path.")

@@ -41,14 +41,19 @@ def find_folder(path_or_id: str | Path, patterns: tuple[str, ...] = MODEL_FILES)
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or not text.strip():
         raise UserError(f"There is no folder {text!r}; name a folder with config.json or a hub id.")
     import huggingface_hub as hub
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         return Path(hub.snapshot_download(text, allow_patterns=list(patterns)))
+    except GatedRepoError as error:
+        raise UserError(
+            f"{text!r} is given on conditions only; accept them on its page on the hub, as the "
+            "user of `hf auth login`."
+        ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(
-            f"{text!r} is no folder here and no public model on the hub; check the spelling, or "
-            f"use an embedded model ({', '.join(EMBEDDED)})."
+            f"{text!r} is no folder here and no public model on the hub; check the spelling, log "
+            f"in with `hf auth login`, or use an embedded model ({', '.join(EMBEDDED)})."
         ) from error
     except Exception as error:  # offline, proxies, time-outs: each library raises its own
         raise UserError(

@@ -224,7 +224,7 @@ def save(
     """
     from safetensors.numpy import save_file
 
-    name, folder = architecture_of(dictionary), Path(path)
+    name, folder = architecture_of(dictionary), Path(os.path.expanduser(path))
     kind, forms = "dictionary", {a: find(a).saelens for a in architectures()}
     if dictionary.transcodes:
         kind, forms = "transcoder", {a: TRANSCODERS.get(form) for a, form in forms.items()}

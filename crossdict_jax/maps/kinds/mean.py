@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from crossdict_jax.errors import UserError
 from crossdict_jax.maps.base import Map
 
 
@@ -14,6 +15,8 @@ class Mean(Map):
     fewest_rows = 1
 
     def __call__(self, inputs, *, tokens=None):
+        if jnp.ndim(inputs) != 1:
+            raise UserError(f"inputs must be tokens [batch], not {list(jnp.shape(inputs))}.")
         return jnp.broadcast_to(self.mean[...][None, :], (len(inputs), self.mean.shape[0]))
 
     @classmethod

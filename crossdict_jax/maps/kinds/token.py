@@ -1,5 +1,7 @@
 """The mean of B's features after the source's token: what token identity alone says."""
 
+import jax.numpy as jnp
+
 from crossdict_jax.maps.base import Map, look_up
 
 
@@ -16,7 +18,7 @@ class Token(Map):
     fewest_rows = 1
 
     def __call__(self, inputs, *, tokens=None):
-        return look_up(self.table, inputs, len(inputs))
+        return look_up(self.table, inputs, jnp.size(inputs))
 
     @classmethod
     def solve(cls, problem, config):
