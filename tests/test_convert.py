@@ -14,7 +14,7 @@ from test_exchange import CENTRED, trained
 from test_launch import launch
 from tiny_run import SITE, changed, refused, shared
 
-from crossdict_jax import dictionaries
+from crossdict_jax import dictionaries, models
 from crossdict_jax.activations.store import open_store
 from crossdict_jax.config import ConvertConfig, architectures
 from crossdict_jax.config.settings import validate
@@ -151,12 +151,8 @@ def test_what_is_uploaded_comes_back_the_same(tmp_path):
 
 
 ANSWERS = {200: "me/dictionaries has no .* in its top folder", 403: "hf auth login"}
-ANSWERS |= {
-    401: "on conditions only; accept them",
-    404: "no such repository",
-    500: "status 500",
-    None: "cannot be reached",
-}
+ANSWERS |= {401: "on conditions only; accept them", 404: "no such repository"}
+ANSWERS |= {500: "status 500", None: "cannot be reached"}
 
 
 @pytest.mark.parametrize(("status", "words"), ANSWERS.items())
@@ -175,11 +171,14 @@ def test_a_hub_that_refuses_is_told_in_one_line(status, words, monkeypatch, tmp_
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", answer)
     refused(words, dictionaries.load, "hub:me/dictionaries")
+    if status == 401:
+        refused(words, models.load, "me/model")
 
 
 def test_a_whole_repository_is_named_after_itself(tiny, monkeypatch, tmp_path):
     d = base.load(tiny[1].dictionary("a", SITE))
-    dictionaries.save_saelens(d, tmp_path / "made", **NAMED)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    dictionaries.save_saelens(d, "~/made", **NAMED)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path / "made")
     (folder,) = convert(ConvertConfig(source="hub:o/top@main"), Workdir(tmp_path))
     assert folder == str(tmp_path / "dictionaries" / "top")

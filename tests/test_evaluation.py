@@ -178,6 +178,8 @@ def test_a_target_that_never_varies_has_a_finite_r2(value):
     assert wrong["n_documents"] == 1 and wrong["r2_low"] is wrong["r2_high"] is None
     assert (perfect["r2"], perfect["fvu"]) == (1, 0) and (wrong["r2"], wrong["fvu"]) == (0, 1)
     assert wrong["feature_correlation"] is None and wrong["n_live"] == 0
+    t = np.float32(1000) + np.random.default_rng(0).random((50, 2), np.float32)  # about 0: constant
+    assert transfer_metrics(t, t, train_mean=np.zeros(2))["feature_correlation"] is None
 
 
 def planted(*, token_share, context_share, n=1500, width=12, documents=30):

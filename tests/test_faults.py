@@ -103,6 +103,9 @@ def test_a_changed_digit_is_noticed(tmp_path_factory):
     store = open_store(work.activations)
     where = *next(iter(store.ends.writes)), store.select("train")
     refused(r"meta\.json is damaged .*KeyError", store.read, *where)
+    store.meta["models"][where[0]]["d_model"] = 2**40  # which no memory holds
+    store.meta["checksums"] = workdir.parse_json(before)["checksums"]
+    refused(r"shard.* is damaged .*16 wide, not 1099511627776", store.read, *where)
     meta.write_bytes(before)
     flip(meta, b'"d_model": 16', b'"d_model": 17')
     refused(r"meta\.json is altered", open_store, work.activations)

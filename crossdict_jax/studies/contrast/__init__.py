@@ -15,6 +15,7 @@ from crossdict_jax.results import (
 )
 
 TITLE = "Contrast sets"
+JUDGED = 6  # test pairs, for a verdict: of fewer, all have one sign by chance too often
 VERDICTS = {  # of ``moves``
     True: Cell("● bears it", style="strong"),
     False: Cell("○ like controls", style="none"),
@@ -77,7 +78,7 @@ def section(rows: list[dict]) -> str:
         "they fire; p is the share of each kind that cost as much. Then their mapped directions "
         "are taken out of the other model, as strongly as they fire in the first; “own” are its "
         "own top features, the most that a mapped direction can do. A model that does no better "
-        "than chance gets no verdict, and neither do fewer than six test pairs."
+        f"than chance gets no verdict, and neither do fewer than {JUDGED} test pairs."
     ]
     for name in dict.fromkeys(row["set"] for row in rows):
         of_set = [row for row in rows if row["set"] == name]

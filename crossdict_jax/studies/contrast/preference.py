@@ -16,13 +16,13 @@ from crossdict_jax.dictionaries import Dictionary
 from crossdict_jax.models import Site
 from crossdict_jax.models.run import Passages, Runner, pad, token_losses
 from crossdict_jax.stats import columns
+from crossdict_jax.studies.contrast import JUDGED
 from crossdict_jax.studies.contrast.sets import ContrastSet
 from crossdict_jax.studies.reading import Reading, read_texts
 
 SEQ_STEP = 8  # lengths are rounded up: few programs for many sets
 AT_ONCE = 16  # draws, and features of a draw, are padded to a multiple: one program for all
 LEVEL = 0.05  # of the share of controls that may cost as much
-JUDGED = 6  # pairs, for a verdict: of fewer, all have one sign by chance too often
 STEPS = 8  # of integrated gradients; 1 would be gradient times activation
 
 
