@@ -277,7 +277,7 @@ class Map(modules.Plain):
 def _parameters(value: Any) -> nnx.Dict | nnx.Param:
     if isinstance(value, dict):
         return nnx.Dict({name: _parameters(inner) for name, inner in value.items()})
-    return nnx.Param(jnp.asarray(value))
+    return nnx.Param(jax.device_put(value))
 
 
 class Fitted(NamedTuple):

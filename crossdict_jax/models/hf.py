@@ -9,7 +9,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
@@ -234,9 +233,9 @@ def _read_weights(folder: Path, config: ModelConfig, shapes: dict) -> dict[str, 
                 f"{folder}: weight {in_file!r} has shape {list(value.shape)} where config.json "
                 f"asks for {list(shapes[name])} (as [d_in, d_out])."
             )
-        weights[name] = jnp.asarray(value)
+        weights[name] = jax.device_put(value)
     if tied_head is not None and "W_E" not in weights and tied_head.shape == shapes["W_E"]:
-        weights["W_E"] = jnp.asarray(tied_head)  # either of the two may be the one that is stored
+        weights["W_E"] = jax.device_put(tied_head)  # either may be the one stored
     missing = [name for name, (ours, _) in table.items() if ours in set(shapes) - set(weights)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

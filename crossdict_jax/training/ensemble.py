@@ -116,7 +116,7 @@ class Ensemble:
                 train["best"]["latest"] = jnp.zeros(())
             return {"params": params, "train": train}
 
-        return jax.vmap(member)(jax.tree.map(jnp.asarray, self.fixed))
+        return jax.vmap(member)(jax.device_put(self.fixed))
 
     def step(
         self, state: PyTree, batch: PyTree, number: int, key: jax.Array, variant=0, *, steps: int
