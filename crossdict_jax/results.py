@@ -274,8 +274,8 @@ SPECIFIC = intervals(
     "nats",
     specific_random="effect above random directions of equal norm",
     specific_shuffled="effect above other features' mapped directions of equal norm",
-    specific_random_at_kl="effect above random directions of equal KL divergence",
-    specific_shuffled_at_kl="effect above other features' mapped directions of equal KL divergence",
+    specific_random_at_kl="effect above random directions where all spend kl_budget",
+    specific_shuffled_at_kl="effect above other features' mapped directions where all do",
 )
 
 
@@ -471,7 +471,7 @@ describe(
     *intervals(
         "nats",
         effect="mean change of log p of the promoted tokens, at the middle dose",
-        effect_at_kl="the same where the edit has spent the KL budget",
+        effect_at_kl="the same where the edit's KL divergence is kl_budget",
     ),
     *SPECIFIC,
     *intervals(ablation_r=ABLATION),
@@ -484,6 +484,7 @@ describe(
     promoted_source="tokens that it makes likelier in the source",
     promoted_target="the same text in the target's tokens",
     kl="KL divergence that the edit causes, in nats",
+    kl_budget="KL divergence at which effects are compared too: 0.1 nats, or the most all spend",
     doses="effect and kl by dose alpha, beside the controls and their range",
     ablation_r_shuffled="ablation_r of other features' mapped directions",
     p_random="p-value against random directions",

@@ -26,3 +26,11 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """(config, work directory) of the run that all tests share."""
+    from tiny_run import shared_run
+
+    return shared_run(tmp_path_factory.getbasetemp())

@@ -132,10 +132,9 @@ def test_a_dead_source_feature_drives_nothing(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
-    evaluate(config, work)
-    return config, work, read_jsonl(work.result("feature_transfer.jsonl"))
+def run(shared):
+    evaluate(*shared)
+    return *shared, read_jsonl(shared[1].result("feature_transfer.jsonl"))
 
 
 @pytest.mark.parametrize(("source", "target"), ["ab", "ba"])

@@ -43,9 +43,6 @@ def refused(call, *words: str) -> None:
     assert not [w for w in words if w not in message], message
 
 
-tiny = tiny_run.shared
-
-
 OLD = {"architecture": "standard", "sae_lens_training_version": "3.2.1"}
 K5 = {"activation_fn_kwargs": {"k": 5}}
 OLD_SPELLINGS = [  # a config of SAELens before 6, and what 6 makes of it
@@ -158,8 +155,8 @@ def test_hooks_are_sites_and_folders_say_theirs_in_any_spelling(tmp_path):
         ({"hook_name": "blocks.1.hook_resid_pre", "model_name": "b"}, ("model b", "/a; name")),
     ],
 )
-def test_sources_that_contradict_the_run_are_refused(names, words, tiny, tmp_path):
-    config, work = tiny
+def test_sources_that_contradict_the_run_are_refused(names, words, shared, tmp_path):
+    config, work = shared
     d = base.load(work.dictionary("a", tiny_run.SITE))
     dictionaries.save_saelens(d, tmp_path / "d", **names)
     asked = tiny_run.changed(config, sae__sources=(str(tmp_path / "d"), "train"))
@@ -182,7 +179,7 @@ def test_models_whose_folders_have_the_same_name_are_told_by_their_weights(tmp_p
     refused(lambda: check_names(said, "d", str(y), site, site), "is of model", str(y))
 
 
-def rebuilt(folder, name, change, tokenizer_class):
+def rebuilt(folder, name, change, tokenizer_class=None):
     """A folder with an embedded tokenizer, changed, and a class that transformers rebuilds."""
     shutil.copytree(models.ASSETS / name, folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -236,11 +233,10 @@ def test_the_ids_are_those_of_tokenizer_json(name, tokenizer_class, change, tmp_
 
 def test_one_token_at_most_is_read_in_front_of_a_text(tmp_path):
     two = processors.TemplateProcessing("x y $A", special_tokens=[("x", 3), ("y", 4)])
-    rebuilt(tmp_path / "m", "docs-gpt2", lambda t: setattr(t, "post_processor", two), None)
+    rebuilt(tmp_path / "m", "docs-gpt2", lambda t: setattr(t, "post_processor", two))
     refused(lambda: bos_id(models.load_tokenizer(tmp_path / "m")), "[3, 4]", "post_processor")
     no_a = normalizers.Replace("a", "")
-    change = lambda t: in_front(t) or setattr(t, "normalizer", no_a)  # noqa: E731
-    rebuilt(tmp_path / "n", "docs-gpt2", change, None)
+    rebuilt(tmp_path / "n", "docs-gpt2", lambda t: in_front(t) or setattr(t, "normalizer", no_a))
     assert bos_id(models.load_tokenizer(tmp_path / "n")) == 7
 
 
@@ -257,7 +253,7 @@ VAST += [lambda tree: tree["added_tokens"][-1].update(id=2**31)]
 
 @pytest.mark.parametrize("spoil", [*VAST, twice])
 def test_vast_ids_and_a_tokenizer_that_contradicts_itself_are_named(spoil, tmp_path):
-    rebuilt(tmp_path / "m", "docs-gpt2", more_tokens, None)
+    rebuilt(tmp_path / "m", "docs-gpt2", more_tokens)
     tree = json.loads((tmp_path / "m/tokenizer.json").read_text())
     spoil(tree)
     (tmp_path / "m/tokenizer.json").write_text(json.dumps(tree))
@@ -269,7 +265,7 @@ def test_vast_ids_and_a_tokenizer_that_contradicts_itself_are_named(spoil, tmp_p
 
 
 def test_a_tokenizer_that_names_a_file_of_another_folder_is_refused(tmp_path):
-    rebuilt(tmp_path / "m", "docs-gpt2", more_tokens, None)
+    rebuilt(tmp_path / "m", "docs-gpt2", more_tokens)
     shutil.copy(tmp_path / "m/tokenizer.json", tmp_path / "tokenizer.4.0.json")
     about = {"fast_tokenizer_files": ["../tokenizer.4.0.json"]}
     (tmp_path / "m/tokenizer_config.json").write_text(json.dumps(about))
@@ -356,12 +352,12 @@ def numbers(config, work):
     return found, scores
 
 
-def test_the_numbers_are_those_of_float32_whatever_switches_are_set(tiny):
-    plain, scores = numbers(*tiny)
+def test_the_numbers_are_those_of_float32_whatever_switches_are_set(shared):
+    plain, scores = numbers(*shared)
     with contextlib.ExitStack() as stack:  # as a caller may have set them
         for name, value in SWITCHES.items():
             stack.enter_context(getattr(jax, name)(value))
-        other, other_scores = numbers(*tiny)
+        other, other_scores = numbers(*shared)
     for a, b in zip(plain, other):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
     defined = [key for key, score in scores.items() if score is not None]
@@ -587,8 +583,8 @@ READERS = [r for r in fuzz.readers() if r not in WHOLE | {"command report"}]
 
 
 @pytest.mark.parametrize("reader", [*READERS, tiny_run.slow("command report")])
-def test_hostile_input_ends_well_or_in_a_line(reader, tiny, monkeypatch, tmp_path):
+def test_hostile_input_ends_well_or_in_a_line(reader, shared, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(fuzz, "lab", lambda: tiny)
+    monkeypatch.setattr(fuzz, "lab", lambda: shared)
     numbers = range(1, 8 if reader.startswith("command ") else 50)  # more by tests/fuzz.py
     assert not [each for each in fuzz.cases(reader, numbers, seed=0) if each[1] not in fuzz.GOOD]

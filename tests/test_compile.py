@@ -83,8 +83,7 @@ def test_of_branches_the_shortest_counts_and_of_a_large_array_the_rows_that_are_
         return jax.lax.cond(x[0, 0] > 0, lambda: (x @ w) @ w, lambda: x)
 
     assert cost_of(seldom, (64, 64), (64, 64)).get("flops", 0) == 0
-    cost = cost_of(lambda x, i: x[i.astype(int)] * 2, (100_000, 64), (8,))
-    assert cost["bytes"] < 100 * 8 * 64
+    assert cost_of(lambda x, i: x[i.astype(int)] * 2, (100_000, 64), (8,))["bytes"] < 100 * 8 * 64
 
 
 def test_kernels_read_a_row_for_every_entry():
@@ -170,8 +169,7 @@ def test_the_command_makes_no_work_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []
     argv = ["compile", "--machine=cpu-1", "--models=docs-gpt2,docs-neox"]
-    look = lambda *given: seen.append(given)  # noqa: E731
-    assert command.execute(look, argv, writes=False) == 0
+    assert command.execute(lambda *given: seen.append(given), argv, writes=False) == 0
     assert seen[0][0].machine == "cpu-1" and seen[0][1] is None
     expect = f"--expect={command.ROOT}/configs/chen2025_gpt2.py"
     assert command.execute(print, [*argv, expect], writes=False) == 2

@@ -33,11 +33,10 @@ SITE = tiny_run.SITE
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory):
+def begun(shared):
     """(config, work directory) of a run whose controls have not been begun."""
-    config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
     few = {"sae__steps": 4, "sae__batch_size": 64, "checkpoint_every": 2}
-    return changed(config, controls=BOTH, **few), work
+    return changed(shared[0], controls=BOTH, **few), shared[1]
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +128,7 @@ def planted(begun, root, second) -> dict[tuple, dict]:
 
 def test_two_seeds_that_are_one_dictionary_reordered_share_everything(begun, tmp_path):
     rng = np.random.default_rng(0)
-    reordered = lambda d: signed_dictionary(d, rng.permutation(2 * d))  # noqa: E731
-    rows = planted(begun, tmp_path / "run", reordered)
+    rows = planted(begun, tmp_path / "run", lambda d: signed_dictionary(d, rng.permutation(2 * d)))
     for target in "ab":
         for kind in ("ridge", "ridge_codes", "token_ridge"):
             assert rows[target, kind]["r2"] == pytest.approx(1, abs=1e-3)

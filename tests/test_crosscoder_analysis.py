@@ -74,8 +74,7 @@ def test_latent_scaling_and_its_null_are_their_definition(monkeypatch):
 def test_planted_owners_are_confirmed_and_a_hidden_one_is_refuted():
     c, x = planted(hide=(4, 5))
     scaling = analysis.latent_scaling(c, x, DOCUMENTS, seed=0)
-    live = np.ones(10, bool)
-    first, second = (analysis.ownership(c, m, live, scaling) for m in (0, 1))
+    first, second = (analysis.ownership(c, m, np.ones(10, bool), scaling) for m in (0, 1))
     assert first["shared"] == second["shared"] == pytest.approx(0.4)
     assert first["exclusive"] == second["exclusive"] == pytest.approx(0.3)
     assert first["shared_confirmed"] == 1.0
@@ -96,8 +95,7 @@ def test_the_null_is_exceeded_as_rarely_as_it_says():
         c.W_enc[...] = jnp.concatenate([2 * c.W_enc[...][:d], 0 * c.W_enc[...][d:]])
         c.W_dec[...] = 0 * c.W_dec[...]
         x = [x[0], rng.standard_normal(x[1].shape).astype(np.float32)]
-        scaling = analysis.latent_scaling(c, x, DOCUMENTS, seed=seed)
-        above.append(scaling.error_above[1])
+        above.append(analysis.latent_scaling(c, x, DOCUMENTS, seed=seed).error_above[1])
     assert 0.01 < np.mean(above) < 0.12  # 120 draws at 0.05
 
 

@@ -41,8 +41,7 @@ def score(run, source, target, pairing="aligned"):
     """R^2 of x_B on held-out rows, of a map between two models at the run's layers."""
     config, store, work = run
     ends = (source, target, pairing)
-    tasks = maps.tasks(config, store)
-    task = next(t for t in tasks if (t.source, t.target, t.pairing) == ends)
+    task = next(t for t in maps.tasks(config, store) if (t.source, t.target, t.pairing) == ends)
     where = (task.source, task.target, task.site_source, task.site_target)
     pairs = maps.load_pairs(store, *where, "test", work)
     m = maps.load(task.path(work))
@@ -72,7 +71,7 @@ def test_a_map_is_its_crosscoder_given_one_model_alone(run):
     np.testing.assert_allclose(m.activation(x), joint([None, None, x])[0], atol=1e-4)
 
 
-def test_every_crosscoder_of_the_run_lies_in_its_own_folder(run):
+def test_every_crosscoder_of_the_run_lies_in_its_own_folder(run, tmp_path):
     config, store, work = run
     folders = {str(p.parent.relative_to(work.crosscoders)) for p in work.crosscoders.glob("*/*/0")}
     three = "resid_pre.1--resid_pre.2--resid_pre.2"
@@ -80,6 +79,9 @@ def test_every_crosscoder_of_the_run_lies_in_its_own_folder(run):
     nulls = dataclasses.replace(config, crosscoder=dataclasses.replace(SETTINGS, self_nulls=1))
     own = ((Site(1), Site(1)), "self"), ((Site(1), Site(1)), "rotated")
     assert planned(nulls, store) == [*planned(config, store), *own]
+    (lost := work.crosscoder((Site(1), Site(2), Site(2)), "shuffled")).rename(tmp_path / "lost")
+    fit.fit_maps(config, store, work)  # whose maps are all there
+    assert checkpoint.is_finished(lost)
     assert not list((work.crosscoders / "training").glob("*/checkpoints"))
     assert read_json(work.timing)["train_crosscoders"]["crosscoders"] == 2
     record = checkpoint.load_meta(maps.tasks(config, store)[0].path(work))["record"]

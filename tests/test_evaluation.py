@@ -260,10 +260,9 @@ def test_bad_input_is_refused(change, message):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
-    evaluate(config, work)
-    return config, work
+def finished(shared):
+    evaluate(*shared)
+    return shared
 
 
 def test_every_map_has_its_row_in_order(finished):

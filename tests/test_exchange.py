@@ -232,6 +232,8 @@ def test_an_export_means_there_what_it_means_here(architecture, tmp_path):
     assert config["metadata"].items() >= HOOK.items()
     assert int(config["metadata"]["sae_lens_version"].split(".")[0]) >= 6
     dictionaries.save(d, tmp_path / "ours")
+    (tmp_path / "ours" / "sae_weights.safetensors").touch()  # of an older export
+    assert dictionaries.load(tmp_path / "ours").meta == d.meta
     export = functools.partial(dictionaries.save_saelens, d, **HOOK)
     tiny_run.refused("ours holds a checkpoint", export, tmp_path / "ours")
     d.b_dec[...] = d.b_dec[...].at[1].set(jnp.nan)
@@ -368,8 +370,7 @@ def test_a_sparsify_folder_that_cannot_be_read_is_told_in_one_line(tmp_path):
         "lacks the required key 'expansion_factor'": {"num_latents": 0, "expansion_factor": None},
     }
     for i, (message, config) in enumerate(wrong.items()):
-        folder = sparsify_folder(tmp_path / str(i), weights("b_enc"), **SPARSIFY | config)
-        refused(folder, message)
+        refused(sparsify_folder(tmp_path / str(i), weights("b_enc"), **SPARSIFY | config), message)
 
 
 def test_objects_and_cut_archives_of_gemma_scope_are_refused(tmp_path):

@@ -165,8 +165,7 @@ def test_damage_is_named(finished, tmp_path, name, damage):
     victim.write_bytes(data[: len(data) // 2] if damage == "truncate" else data)
     if damage == "remove":
         victim.unlink()
-    read = lambda: everything(open_store(tmp_path / "a"))  # noqa: E731
-    assert str(victim) in refused(r"missing|altered", read)
+    assert str(victim) in refused("missing|altered", lambda: everything(open_store(tmp_path / "a")))
 
 
 @pytest.mark.parametrize(("name", "value"), [("norm_mask", 1e-9), ("control_tokens", "skip")])
@@ -182,8 +181,7 @@ def test_changed_texts_and_models_and_lost_shards_are_refused(config, tmp_path):
     shutil.copytree(config.models[0], tmp_path / "a")
     config, work = changed(config, models=(f"{tmp_path}/a", config.models[1])), tmp_path / "w"
     kill_in_save(1, lambda: extracted(config, work), stage, "masked")
-    other = changed(config, text__max_bytes=100)
-    refused("text has changed", stage.extract, other, Workdir(work))
+    refused("text has changed", stage.extract, changed(config, text__max_bytes=100), Workdir(work))
     shard, lm = next(work.glob("*/a/*/shard-00000.npy")), models.load(tmp_path / "a")
     models.save(models.init(lm.config, seed=9), tmp_path / "a")
     refused("model a has changed", stage.extract, config, Workdir(work))

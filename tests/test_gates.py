@@ -179,8 +179,7 @@ def torn(patch):
 def astray(patch):
     """Features get the mapped directions of others."""
     true = GATES["G6"].mapped_directions
-    wrong = lambda *a, **k: np.roll(true(*a, **k), 2, axis=0)  # noqa: E731
-    patch.setattr(GATES["G6"], "mapped_directions", wrong)
+    patch.setattr(GATES["G6"], "mapped_directions", lambda *a, **k: np.roll(true(*a, **k), 2, 0))
 
 
 @pytest.fixture(scope="module")
@@ -255,5 +254,4 @@ def test_g10_misses_chance_and_equal_seeds(again, other, missed, monkeypatch, tm
     made = iter((first, first | again, first | other))
     (tmp_path / "gate/first/activations").mkdir(parents=True)
     monkeypatch.setattr(GATES["G10"], "_bits", lambda seed, directory: next(made))
-    labels = judge("G10", monkeypatch, tmp_path)
-    assert [label.partition(":")[0] for label in labels] == missed
+    assert [label.partition(":")[0] for label in judge("G10", monkeypatch, tmp_path)] == missed

@@ -100,5 +100,4 @@ def test_real_models_write_what_hugging_face_writes(name):
     prompt, continuation = golden["prompt"], golden["continuation"]
     zero, length = np.zeros(1, np.int32), np.full(1, len(prompt), np.int32)
     s = Starts(prompt[None], length, np.zeros((1, lm.config.d_model), np.float32), zero, zero)
-    found = greedy(lm, Site(0), s, len(continuation))
-    assert found[0].tolist() == continuation.tolist()
+    assert greedy(lm, Site(0), s, len(continuation))[0].tolist() == continuation.tolist()

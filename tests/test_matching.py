@@ -69,8 +69,7 @@ def test_independent_features_are_not_confirmed():
         found = match(a, b)
         (a, _), (b, _) = bursty(rng, 40, 30, 40), bursty(rng, 40, 30, 50)
         assert len(found.r) > 5
-        worth = confirm(found, a, b, documents=documents, fdr=q)
-        any_confirmed.append(worth.confirmed.any())
+        any_confirmed.append(confirm(found, a, b, documents=documents, fdr=q).confirmed.any())
     assert np.mean(any_confirmed) <= q + 2 * np.sqrt(q * (1 - q) / 20)
 
 

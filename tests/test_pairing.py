@@ -185,6 +185,9 @@ def test_truncation_padding_and_bos_of_a_tokenizer_are_left_out():
     tokenizer.add_tokens(["h"])  # which the vocabulary has, but now stands alone
     ids = tokenizer.encode("the", add_special_tokens=False).ids
     assert pairing.byte_ends("the", tokenizer).ids.tolist() == ids
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    ids = tokenizer.encode("the", add_special_tokens=False).ids
+    assert pairing.byte_ends("the", tokenizer).ids.tolist() == ids
     refused("not a fast tokenizer", pairing.byte_ends, "text", object())
     refused("has half a character", pairing.byte_ends, "\ud800", object())
 

@@ -88,7 +88,6 @@ def test_the_page_and_the_tables_show_every_point(run):
 
 
 def test_fvu_at_equal_sparsity_lies_on_the_curve():
-    assert fvu_at([40.0, 10.0], [0.1, 0.3], 20) == pytest.approx(0.2)
-    assert fvu_at([10.0, 40.0], [0.3, 0.1], 10) == pytest.approx(0.3)
+    curves = ([40, 10], [0.1, 0.3], 20), ([10, 40], [0.3, 0.1], 10), ([0, 40], [0.9, 0.1], 40)
+    assert [fvu_at(*curve) for curve in curves] == pytest.approx([0.2, 0.3, 0.1])
     assert fvu_at([10.0, 40.0], [0.3, 0.1], 41) is None
-    assert fvu_at([0.0, 40.0], [0.9, 0.1], 40) == pytest.approx(0.1)

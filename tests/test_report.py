@@ -326,6 +326,8 @@ def test_the_best_stitch_is_the_one_that_wins_back_most_of_what_the_mean_costs()
     assert sentence.replace("\u00a0", " ").endswith("of what the mean costs it wins back 62.4 %.")
     rows = [r | {"loss_recovered": 0.9} if r["pairing"] == "shuffled" else r for r in rows]
     assert answer.to_what_effect(stitchings(rows)).startswith("Negative result: even the best")
+    rows = [row | {"loss_recovered_low": None} for row in rows]
+    assert answer.to_what_effect(stitchings(rows)).startswith("One held-out document gives no")
 
 
 def test_layers_stitched_together_stand_apart(tmp_path):
@@ -356,7 +358,7 @@ def test_a_shuffled_map_that_beats_the_mean_is_a_warning(tmp_path):
     one = [row | {"n_documents": 1, "verdict": None} for row in transfer_rows()]
     write_jsonl(work.result("transfer.jsonl"), one)
     page = page_of(work).text
-    assert "no verdict" in page and "No map was judged, as one" in page and "Only 1" not in page
+    assert "no verdict" in page and "No map was judged, as one" in page and "Only one held" in page
     few = [row | {"n_documents": 12} for row in transfer_rows()]
     write_jsonl(work.result("transfer.jsonl"), few)
     poor = [row | {"dead_fraction": 0.7, "fvu": 0.9} for row in reconstruction_rows(layers=(6,))]

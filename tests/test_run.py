@@ -160,8 +160,7 @@ def test_a_stream_gives_each_text_its_activations(lm, runner, device, monkeypatc
     monkeypatch.setattr(run, "platform", lambda: device)
     whole, some = (runner.read_at(p, sites, length_step=8) for p in (every, every.take(order)))
     together = runner.read(texts, sites)
-    streamed = runner.stream(every.take(order), sites)
-    index, parts = zip(*streamed)
+    index, parts = zip(*runner.stream(every.take(order), sites))
     assert sorted(np.concatenate(index)) == list(range(len(order)))
     for s, site in enumerate(sites):
         np.testing.assert_array_equal(some[s], whole[s][order])
@@ -242,7 +241,6 @@ def test_rounded_weights_give_what_rounding_products_gives():
     lm = models.init(SHAPE | {"tie_word_embeddings": False})
     tokens, site = np.arange(12, dtype=np.int32).reshape(2, 6), Site(1)
     runner = Runner(lm, batch_size=2, dtype="bfloat16")
-    held = {leaf.dtype.name for leaf in jax.tree.leaves(runner._params)}
-    assert held == {"bfloat16", "float32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(runner._params)} == {"bfloat16", "float32"}
     read = runner.read(list(tokens), [site])[site]
     np.testing.assert_array_equal(read, models.capture(lm, tokens, [site], dtype="bfloat16")[site])

@@ -48,8 +48,8 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return Run(*tiny_run.shared_run(tmp_path_factory.getbasetemp()))
+def run(shared):
+    return Run(*shared)
 
 
 @pytest.fixture(scope="module")

@@ -103,8 +103,7 @@ def test_what_is_counted_stands_in_the_texts(run, chosen):
     scored = measure.score_texts(source, feature, starts, tokens)
     assert [text["tokens"] for text in scored] == [5, 3, 6, 6]
     assert scored[0]["token_rate"] == pytest.approx(2 / 5) and scored[2]["token_rate"] == 0
-    written = b"".join(pieces[t] for t in tokens[0, :5])
-    assert scored[0]["text"] == written.decode(errors="replace")
+    assert scored[0]["text"] == b"".join(pieces[t] for t in tokens[0, :5]).decode(errors="replace")
     assert scored[0]["before"] == "abc def"
     for row, n in ((1, 4), (2, 6)):  # an end is predicted too
         front = starts.tokens[row, : starts.length[row]]
@@ -199,8 +198,7 @@ def test_prompts_are_one_text_or_the_lines_of_a_file(run, tmp_path, monkeypatch)
     for text, expected in (files | {"ab|cd": ["ab|cd"]}).items():
         read = prompts.read_prompts(asked(config, prompts=text), store, "b", tokenizer)
         assert [tokenizer.decode(tokens) for tokens in read] == expected
-    fit = [prompts.new_tokens(n, [np.zeros(3), np.zeros(5)], 32, "b") for n in (0, 9)]
-    assert fit == [27, 9]
+    assert [prompts.new_tokens(n, [np.zeros(3), np.zeros(5)], 32, "b") for n in (0, 9)] == [27, 9]
 
 
 def test_characters_that_the_vocabulary_lacks_are_named():

@@ -72,10 +72,9 @@ def test_of_pairs_into_one_site_the_first_counts():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    config, work = tiny_run.shared_run(tmp_path_factory.getbasetemp())
-    intervene(config, work)
-    return config, work
+def finished(shared):
+    intervene(*shared)
+    return shared
 
 
 def test_every_map_is_stitched_aligned_and_shuffled(finished):

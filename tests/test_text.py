@@ -207,8 +207,7 @@ def test_a_repeated_paragraph_stays_with_the_smallest_hash(tmp_path):
     sources["b"] = document(LONG, OTHER + "b", THIRD + "b")  # other line breaks
     found = read(tmp_path, sources)
     first = min(sources, key=lambda name: hashlib.sha256(name.encode()).digest()[8:])
-    holders = [name for name, text in found.items() if LONG in " ".join(text.split())]
-    assert holders == [first]
+    assert [name for name, text in found.items() if LONG in " ".join(text.split())] == [first]
 
 
 def test_copies_short_documents_and_unparsable_modules_are_skipped(tmp_path):

@@ -127,12 +127,6 @@ def shared_run(base: Path) -> tuple[Config, Workdir]:
     return settings.from_dict(Config, read_json(copy.root / "config.json")), copy
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> tuple[Config, Workdir]:
-    """As a fixture: ``finished = tiny_run.shared`` gives it a name."""
-    return shared_run(tmp_path_factory.getbasetemp())
-
-
 def private_run(tmp_path_factory) -> tuple[Config, Workdir]:
     """A copy of the shared run that a module may write into."""
     run = shared_run(tmp_path_factory.getbasetemp())

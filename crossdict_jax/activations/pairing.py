@@ -77,12 +77,13 @@ def _reader(tokenizer) -> _Reader:
         )
     split_special = getattr(tokenizer, "split_special_tokens", backend.encode_special_tokens)
     added = tuple((i, repr(t)) for i, t in sorted(backend.get_added_tokens_decoder().items()))
-    return _build_reader(backend, added, split_special)
+    steps = repr((backend.normalizer, backend.pre_tokenizer, backend.decoder))
+    return _build_reader(backend, (*added, steps), split_special)
 
 
 @functools.lru_cache(maxsize=16)
-def _build_reader(backend, added_tokens: tuple, split_special: bool) -> _Reader:
-    """Reads a tokenizer's description; `added_tokens` renew the cache when one is added."""
+def _build_reader(backend, changeable: tuple, split_special: bool) -> _Reader:
+    """Reads a tokenizer's description; `changeable` renews the cache when a part is changed."""
     import tokenizers
 
     description = backend.to_str()

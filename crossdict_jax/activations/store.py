@@ -144,7 +144,9 @@ class Store:
     _verified: set = field(default_factory=set, repr=False)
 
     def select(self, split: str) -> np.ndarray:
-        """Returns the row numbers int64 [m] of a split, kept rows alone."""
+        """Returns the row numbers int64 [m] of a split, kept rows alone; UserError if unknown."""
+        if split not in SPLITS:
+            raise UserError(f"There is no split {split!r}; use {', '.join(SPLITS)}.")
         return np.flatnonzero((self.rows.split == SPLITS.index(split)) & self.rows.keep)
 
     def has_bos(self, model: str) -> int | None:
@@ -184,17 +186,21 @@ class Store:
     def read(self, model: str, site: Site, rows: np.ndarray) -> np.ndarray:
         """Returns bfloat16 activations [m, d_model] of these row numbers, in their order.
 
-        A shard's checksum is verified when it is first read.
+        A shard's checksum is verified when it is first read. ``rows`` may also be a mask.
 
         Raises:
-          UserError: a shard is missing, truncated or altered, or there is no such model or site.
+          UserError: a shard is missing, truncated or altered, or there is no such model, site or
+            row.
         """
         if site not in self.ends.stored(model):
             sites = (f"{m} at {', '.join(map(str, self.sites_of(m)))}" for m in self.models)
             raise UserError(
                 f"{self.directory} has no {model} at {site}; it has {'; '.join(sites)}."
             )
-        rows = np.asarray(rows, np.int64)
+        rows, n = np.asarray(rows), len(self.rows.document)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < n:
+            raise UserError(f"{self.directory} has the rows 0 to {n - 1}, not all that are asked.")
         with understood(self.directory / "meta.json", mend=MEND):
             starts = np.asarray(self.meta["shard_starts"])  # first row of every shard, and the end
             shards = np.searchsorted(starts, rows, side="right") - 1

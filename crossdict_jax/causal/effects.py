@@ -191,15 +191,18 @@ def measure(e: Experiment, config: Config, i: int) -> dict:
 def _effects(
     itself: np.ndarray, controls: dict[str, np.ndarray], doses: np.ndarray, draws: Resamples
 ) -> dict:
-    """A direction's numbers beside its controls, at the middle dose and at a KL budget.
+    """A direction's numbers beside its controls, at the middle dose and at equal KL.
 
     itself is (change, KL) [2, doses, contexts], each family of controls [2, n, doses, contexts].
     """
     (effect, kl), middle = itself, len(doses) // 2
-    (at_kl,) = at_budget(kl[None], effect[None], KL_BUDGET)
+    spends = kl[None], *(spent for _, spent in controls.values())
+    budget = min(KL_BUDGET, *(spent.mean(-1).max(-1).min() for spent in spends))
+    (at_kl,) = at_budget(kl[None], effect[None], budget)
     out = {
         **columns("effect", draws.mean(effect[middle])),
         "kl": kl[middle].mean(),
+        "kl_budget": budget,
         **columns("effect_at_kl", draws.mean(at_kl)),
         "doses": [
             {"alpha": alpha, "effect": effect[d].mean(), "kl": kl[d].mean()}
@@ -208,7 +211,7 @@ def _effects(
     }
     for family, (change, spent) in controls.items():
         lead = effect[middle] - change[:, middle].mean(0)
-        lead_at_kl = at_kl - at_budget(spent, change, KL_BUDGET).mean(0)
+        lead_at_kl = at_kl - at_budget(spent, change, budget).mean(0)
         out |= columns(f"specific_{family}", draws.mean(lead))
         out |= columns(f"specific_{family}_at_kl", draws.mean(lead_at_kl))
         out[f"null_{family}"] = change[:, middle].mean(1)
@@ -336,16 +339,14 @@ def at_budget(kl: np.ndarray, values: np.ndarray, budget: float) -> np.ndarray:
     """Returns the values of every direction at the dose that spends a KL budget, [directions, n].
 
     kl (its mean over n is spent) and values are [directions, doses, n]. Doses are interpolated
-    linearly from 0; a direction that spends less is taken at its largest dose.
+    linearly from 0; every direction spends the budget at some dose.
     """
     kl, values = (np.pad(a, ((0, 0), (1, 0), (0, 0))) for a in (kl, values))
     spent = kl.mean(-1)  # [directions, 1 + doses]
-    reached = spent >= budget
-    after = np.where(reached.any(1), reached.argmax(1), spent.shape[1] - 1)
-    rows = np.arange(len(kl))
+    reached = spent >= budget * (1 - 1e-9)  # a mean may have been summed in another order
+    after, rows = np.maximum(reached.argmax(1), 1), np.arange(len(kl))
     low, high = spent[rows, after - 1], spent[rows, after]
-    share = np.clip((budget - low) / np.maximum(high - low, 1e-30), 0, 1)
-    share = np.where(reached.any(1), share, 1.0)
+    share = (budget - low) / np.maximum(high - low, 1e-30)
     low, high = values[rows, after - 1], values[rows, after]
     return low + share[:, None] * (high - low)
 

@@ -277,6 +277,8 @@ class Map(modules.Plain):
 def _parameters(value: Any) -> nnx.Dict | nnx.Param:
     if isinstance(value, dict):
         return nnx.Dict({name: _parameters(inner) for name, inner in value.items()})
+    if isinstance(value, np.ndarray):
+        value = value.copy()  # on the CPU an array may share its bytes
     return nnx.Param(jax.device_put(value))
 
 
@@ -379,13 +381,14 @@ def save(
       source: A's dictionary, if the map was fitted on what it gives.
       record: how the map was fitted (JSON values).
     """
+    path, dictionary = (os.path.abspath(os.path.expanduser(p)) for p in (path, dictionary))
     params = {name: a for name, a in modules.split(m)[1].items() if name != "dictionary"}
     meta = {
         "kind": m.kind,
         "reads": m.reads,
         "settings": {name: getattr(m, name) for name in m.settings},
         "shapes": jax.tree.map(lambda a: f"{a.dtype} {' '.join(map(str, a.shape))}", params),
-        "target_dictionary": os.path.relpath(Path(dictionary).absolute(), Path(path).absolute()),
+        "target_dictionary": os.path.relpath(dictionary, path),
         "target_fingerprint": modules.fingerprint(m.dictionary),
         "source_fingerprint": source and modules.fingerprint(source),
         "record": record or {},

@@ -249,6 +249,8 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
     Raises:
       UserError: a map has too few rows, or a batch is larger than the data.
     """
+    if any(map_class(task.kind).through_joint and not task.control for task in todo):
+        train_crosscoders(loader.config, loader.store, loader.work)  # a stage of its own
     unfinished = {task for task in todo if not is_finished(task.path(loader.work))}
     if not unfinished:
         return
@@ -269,8 +271,6 @@ def fit_tasks(todo: list[Task], loader: Loader, *, seed: int) -> None:
         "checkpoint_every": config.checkpoint_every,
     }
     stage = f"train_hypernetworks_{control}" if control else "train_hypernetworks"
-    if not control and any(map_class(batch[0].kind).through_joint for batch in batches):
-        train_crosscoders(config, loader.store, work)  # a stage of its own
     bar = progress_bar(total=len(todo), initial=finished, desc="maps", unit="map")
 
     def write(item: tuple[Task, base.Fitted, dictionaries.Dictionary]) -> None:

@@ -130,9 +130,11 @@ class ModelConfig:
 
 def check_sites(config: ModelConfig, sites: Iterable[Site], name: str) -> tuple[Site, ...]:
     """Returns the sites; UserError if the model called ``name`` lacks a layer of theirs."""
-    sites, n = tuple(sites), config.n_layers
+    sites, n = (sites,) if isinstance(sites, Site | str) else tuple(sites), config.n_layers
     for site in sites:
-        if not 0 <= site.layer < n:
+        if not isinstance(site, Site):
+            raise UserError(f"{site!r} is no site; use Site(6), or Site.parse('resid_pre.6').")
+        if site.layer not in range(n):
             raise UserError(f"Site {site} is outside {name} ({n} layers: 0-{n - 1}).")
     return sites
 
@@ -323,9 +325,15 @@ class LanguageModel(Plain):
             nothing = tuple(keys[:, :0] for keys in some)
             layers = range(len(self.blocks))
             seen = {i: (*past.layers.get(i, nothing), past.length) for i in layers}
-        tap, dtype = tap or (lambda site, x: x), jnp.dtype(dtype or self.dtype)
+        dtype = jnp.dtype(dtype or self.dtype)
+
+        def tapped(site: Site, x: jax.Array) -> jax.Array:
+            if (read := tap(site, x) if tap else x) is None:
+                raise UserError(f"The tap returns nothing at {site}; let it return x.")
+            return read
+
         for i, block in enumerate(self.blocks):
-            x, kept[i] = block(x, rotary, tap, dtype, seen.get(i))
+            x, kept[i] = block(x, rotary, tapped, dtype, seen.get(i))
         return x, kept
 
     @property

@@ -75,7 +75,8 @@ def load_tokenizer(path_or_id: str | Path):
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); only commands that read "
             "text need it: copy the tokenizer files of its model there."
         )
-    return _tokenizer(folder, max(file.stat().st_mtime_ns for file in files))
+    files += [folder / name for name in TOKENIZER_EXTRAS if (folder / name).is_file()]
+    return _tokenizer(folder, tuple(file.stat().st_mtime_ns for file in files))
 
 
 def _ids(folder: Path) -> Iterator[int]:
@@ -91,7 +92,7 @@ def _ids(folder: Path) -> Iterator[int]:
 
 
 @lru_cache(maxsize=16)
-def _tokenizer(folder: Path, changed: int):
+def _tokenizer(folder: Path, changed: tuple):
     """``changed`` keeps a rewritten folder from being answered from the cache."""
     # transformers would advise to install torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

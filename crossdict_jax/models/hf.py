@@ -1,7 +1,6 @@
 """Hugging Face folders in and out: config.json and weights; nothing remote is run."""
 
 import importlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -18,7 +17,15 @@ from crossdict_jax.errors import UserError
 from crossdict_jax.models.base import LARGEST, LanguageModel, ModelConfig
 from crossdict_jax.models.folders import ASSETS, CONFIG_FILES, EMBEDDED, find_folder
 from crossdict_jax.modules import plain
-from crossdict_jax.workdir import as_float32, inside, read_object, read_tensors, understood
+from crossdict_jax.workdir import (
+    as_float32,
+    disk_words,
+    inside,
+    read_object,
+    read_tensors,
+    understood,
+    write_json,
+)
 
 BUFFERS = (  # masks and tables that old files carry and nobody reads
     ".attn.bias",
@@ -80,8 +87,11 @@ def save(lm: LanguageModel, path: str | Path, *, dtype: str = "float32", tokeniz
 
     if dtype not in DTYPES:
         raise UserError(f"Weights cannot be saved as {dtype!r}, only as {', '.join(DTYPES)}.")
-    path, config = Path(path), lm.config
-    path.mkdir(parents=True, exist_ok=True)
+    path, config = Path(os.path.expanduser(path)), lm.config
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(disk_words(path, error)) from error
     flat = {".".join(map(str, key)): leaf for key, leaf in nnx.to_flat_state(nnx.state(lm))}
     tensors = {}
     for in_file, (name, transposed) in _table(config).items():
@@ -96,12 +106,13 @@ def save(lm: LanguageModel, path: str | Path, *, dtype: str = "float32", tokeniz
         raise UserError(
             f"{file} cannot be written ({error}); free space or go elsewhere."
         ) from error
+    (path / "config.json").unlink(missing_ok=True)  # nor the weights of one beside that of another
     os.replace(part, file)
     family = _family(config.model_type)
     raw = {"model_type": config.model_type, "architectures": [family.ARCHITECTURE], "dtype": dtype}
     raw |= {key: getattr(config, field) for key, (field, *_) in family.KEYS.items()}
     raw |= {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id")}
-    (path / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+    write_json(path / "config.json", raw)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 

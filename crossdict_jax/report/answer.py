@@ -9,10 +9,10 @@ from crossdict_jax.report.results import (
     DIVERGED,
     Comparison,
     Run,
-    at_least,
     directions,
     highest,
     stitchings,
+    surely_above,
 )
 from crossdict_jax.report.tables import interval, number, percent, score, share
 from crossdict_jax.results import BEATS_MEAN, BEATS_TOKEN, NO_BETTER
@@ -66,7 +66,7 @@ def _how_well(comparisons: list[Comparison]) -> str:
     for c, line in picks:
         start, r2 = f"from {c.source} to {c.target}", _score(line, "r2", "R²")
         name, token = f"{line['map']} at {c.sites}", c.score("token", "r2")
-        if line["verdict"] == NO_BETTER:
+        if line["verdict"] == NO_BETTER or line["r2"] <= 0:
             sentences.append(
                 f"{start} the map with the highest R², {name}, does not surely predict held-out "
                 f"features better than their mean does ({r2})"
@@ -106,7 +106,7 @@ def _against_what(comparisons: list[Comparison]) -> str:
     tail = "the context gain is undefined"
     if pick := best(comparisons, "context_gain"):
         c, line = pick
-        nothing = "nothing is shown: " if at_least(line, "context_gain") <= 0 else ""
+        nothing = "" if surely_above(line, "context_gain", 0.0) else "nothing is shown: "
         tail = (
             f"beyond the identity of the current token {nothing}"
             f"{_score(line, 'context_gain', 'the highest context gain is')} ({line['map']}, "
@@ -151,10 +151,13 @@ def to_what_effect(stitched: list[Comparison]) -> str:
             # The table is put in as features, so like is compared with like.
             same = (n for n in s.fitted if n["map"] == line["map"])
             alike = next((n for n in same if n["stitch_kind"] == "features"), line)
-            more = "more" if at_least(alike, "loss_recovered") > token else "not surely more"
+            more = "more" if surely_above(alike, "loss_recovered", token) else "not surely more"
             if alike is not line:
                 text += f"; its features, decoded, recover {percent(alike['loss_recovered'])}"
             text += f", {more} than the table of token means ({percent(token)})"
+    elif line.get("loss_recovered_low") is None:
+        text = f"One held-out document gives no interval, so nothing is shown: {stitch} recovers "
+        text += of_zero
     else:
         text = f"Negative result: even the best predicted activation, {stitch}, recovers only "
         text += f"{of_zero}, not surely more than its controls"
@@ -180,7 +183,9 @@ def cautions(run: Run, config: Config) -> list[str]:
     ]
     counts = [row["n_documents"] or FEW_DOCUMENTS for row in run.rows["transfer"]]
     n = min(counts, default=FEW_DOCUMENTS)
-    if 1 < n < FEW_DOCUMENTS:
+    if n == 1:
+        notes.append("Only one held-out document: there are no intervals, and so no verdicts.")
+    elif n < FEW_DOCUMENTS:
         notes.append(f"Only {n} held-out documents: the intervals over documents are rough.")
     rows = run.rows["reconstruction"]
     for key, limit, words in (

@@ -56,7 +56,7 @@ def run_section(config: Config, run: Run, root: Path) -> list[Block]:
         "Scored on": f"{' of '.join(held_out)} of the test split",
         "Dictionaries": "; ".join(s if s != "train" else trained for s in sources),
         "Devices": ", ".join(devices) or "not recorded",
-        "Not there, so not shown": ", ".join(missing) or "nothing",
+        "Not there or empty, so not shown": ", ".join(missing) or "nothing",
     }
     stored, folder = (shlex.quote(s) for s in (f"configs/stored.py:{root}", f"{root}-again"))
     again = f"python -m launch.experiment --config={stored} --workdir={folder}"

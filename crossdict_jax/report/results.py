@@ -55,15 +55,14 @@ class Comparison:
 
     def above_controls(self, line: dict) -> bool:
         """Returns whether a stitched map is surely above zeros, the mean and its shuffled null."""
-        controls = (0.0, self.reference("mean"), line.get("shuffled.loss_recovered"))
-        low = at_least(line, "loss_recovered")
-        return low is not None and low > max(c for c in controls if c is not None)
+        controls = self.reference("mean"), line.get("shuffled.loss_recovered")
+        return surely_above(line, "loss_recovered", 0.0, *controls)
 
 
-def at_least(row: dict, key: str) -> float | None:
-    """Returns the lower end of a score's interval, or the score without one."""
+def surely_above(row: dict, key: str, *floors: float | None) -> bool:
+    """Whether the whole interval of a score is above all floors; never without an interval."""
     low = row.get(f"{key}_low")
-    return row.get(key) if low is None else low
+    return low is not None and low > max(floor for floor in floors if floor is not None)
 
 
 def highest(rows: Iterable[dict], key: str) -> dict:

@@ -38,6 +38,11 @@ def answer(run: Run) -> str:
             "of half its length; raise text.documents or text.test_fraction."
         )
         return untested if rows else ""
+    if row["share"] is None:
+        return (
+            "No feature could be matched, as none of one side is live in the training rows; lower "
+            "evaluation.minimum_firings or raise text.documents."
+        )
     confirmed, by_luck = row["confirmed"], row.get("shuffled.confirmed", 0)
     if confirmed <= by_luck:
         return (

@@ -139,7 +139,7 @@ def main_table(run: Run) -> Table:
     """Returns the main result, a line per direction and layer pair, or per direction at its best.
 
     R² of the baselines, of the best linear and nonlinear map, of the best fitted map on shuffled
-    pairs and of the best ceiling; and the share of the loss that the best stitched map recovers.
+    pairs and to the ceiling; and the share of the loss that the best stitched map recovers.
     """
 
     def best(lines: list[dict], key: str = "r2", *, named: bool = False) -> str:
@@ -168,7 +168,7 @@ def main_table(run: Run) -> Table:
                 "best linear": best(linear, named=True),
                 "best nonlinear": best(rest, named=True),
                 "shuffled": number(highest(c.fitted, "shuffled.r2").get("shuffled.r2")),
-                "ceiling": best(c.lines, "ceiling.r2"),
+                "ceiling": best(c.fitted, "ceiling.r2"),
                 "loss rec.": f"{percent(recovered, 0)}\n"
                 f"mean {percent(stitching.reference('mean'), 0)}",
             }

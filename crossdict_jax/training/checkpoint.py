@@ -1,6 +1,7 @@
 """Orbax checkpoints with checksums: whole and unaltered, or refused with the file's name."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def save(directory: Path, step: int = 0, *, meta: dict | None = None, **trees) -
       UserError: there is no space, this step or a later one is there already (orbax would write
         nothing), or another folder is named as a step is.
     """
-    directory, trees = Path(directory), jax.tree.map(np.asarray, trees)
+    directory = Path(os.path.expanduser(directory))
+    trees = jax.tree.map(np.asarray, trees)
     new, latest = directory / f"{step}.sha256.json", latest_step(directory)
     if latest is not None and latest >= step:
         raise UserError(

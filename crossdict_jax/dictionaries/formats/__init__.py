@@ -33,10 +33,11 @@ def load(path: str | Path) -> base.Dictionary:
         file is named).
     """
     folder = hub.fetch(str(path))
-    if module := _format_of(folder):
+    finished = checkpoint.is_finished(folder)  # also where an export lies beside it
+    if not finished and (module := _format_of(folder)):
         with understood(folder, mend=COPY):
             return module.load(str(folder))
-    if checkpoint.is_finished(folder) or not folder.is_dir():
+    if finished or not folder.is_dir():
         return base.load(folder)  # which says that there is no folder
     closed = sorted(file.name for file in folder.glob("*") if file.suffix in NEVER_READ)
     files = {module.WEIGHTS: module.TOOL for module in _formats() if hasattr(module, "WEIGHTS")}
