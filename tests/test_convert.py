@@ -12,7 +12,7 @@ from fake_hub import FakeHub
 from safetensors.numpy import save_file
 from test_exchange import CENTRED, trained
 from test_launch import launch
-from tiny_run import SITE, changed, refused, shared
+from tiny_run import SITE, changed, refused
 
 from crossdict_jax import dictionaries, models
 from crossdict_jax.activations.store import open_store
@@ -24,7 +24,6 @@ from crossdict_jax.dictionaries.pretrained import adopt, check_sources
 from crossdict_jax.dictionaries.train import train_dictionaries
 from crossdict_jax.workdir import Workdir, read_json, write_json
 
-tiny = shared
 NAMED = {"hook_name": "blocks.1.hook_resid_pre", "model_name": "a"}
 
 
@@ -51,8 +50,8 @@ def test_there_and_back_is_the_same_dictionary(architecture, tmp_path):
     same_features(dictionaries.load(folder), dictionaries.load(again))
 
 
-def test_a_run_is_converted_whole_and_names_its_hooks(tiny, tmp_path):
-    _, work = tiny
+def test_a_run_is_converted_whole_and_names_its_hooks(shared, tmp_path):
+    _, work = shared
     written = convert(ConvertConfig(source=str(work.root)), Workdir(tmp_path))
     assert len(written) == 2
     for folder in map(Path, written):
@@ -175,8 +174,8 @@ def test_a_hub_that_refuses_is_told_in_one_line(status, words, monkeypatch, tmp_
         refused(words, models.load, "me/model")
 
 
-def test_a_whole_repository_is_named_after_itself(tiny, monkeypatch, tmp_path):
-    d = base.load(tiny[1].dictionary("a", SITE))
+def test_a_whole_repository_is_named_after_itself(shared, monkeypatch, tmp_path):
+    d = base.load(shared[1].dictionary("a", SITE))
     monkeypatch.setenv("HOME", str(tmp_path))
     dictionaries.save_saelens(d, "~/made", **NAMED)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path / "made")
@@ -184,32 +183,32 @@ def test_a_whole_repository_is_named_after_itself(tiny, monkeypatch, tmp_path):
     assert folder == str(tmp_path / "dictionaries" / "top")
 
 
-def adopted(tiny, tmp_path, **changes):
+def adopted(shared, tmp_path, **changes):
     """(models that need no training, work directory) of the shared run with other settings."""
-    config, work = changed(tiny[0], **changes), Workdir(tmp_path / "run")
-    return adopt(config, open_store(tiny[1].activations), work), work
+    config, work = changed(shared[0], **changes), Workdir(tmp_path / "run")
+    return adopt(config, open_store(shared[1].activations), work), work
 
 
-def source_for(tiny, tmp_path):
+def source_for(shared, tmp_path):
     """A dictionary of model a, and the path of its SAELens folder with {layer} in it."""
-    d = base.load(tiny[1].dictionary("a", SITE))
+    d = base.load(shared[1].dictionary("a", SITE))
     dictionaries.save_saelens(d, tmp_path / "made" / f"layers.{SITE.layer}", **NAMED)
     return d, str(tmp_path / "made" / "layers.{layer}")
 
 
-def test_a_source_takes_the_place_of_training(tiny, tmp_path):
-    d, path = source_for(tiny, tmp_path)
+def test_a_source_takes_the_place_of_training(shared, tmp_path):
+    d, path = source_for(shared, tmp_path)
     few = {"sae__sources": (path, "train"), "sae__steps": 2, "sae__batch_size": 32}
-    config, work = changed(tiny[0], **few), Workdir(tmp_path / "run")
-    train_dictionaries(config, open_store(tiny[1].activations), work)
+    config, work = changed(shared[0], **few), Workdir(tmp_path / "run")
+    train_dictionaries(config, open_store(shared[1].activations), work)
     same_features(d, base.load(work.dictionary("a", SITE)))
     assert base.load(work.dictionary("b", SITE)).d_model == 24  # trained
 
 
-def test_codes_before_the_selection_on_demand(tiny, tmp_path):
-    d, path = source_for(tiny, tmp_path)
+def test_codes_before_the_selection_on_demand(shared, tmp_path):
+    d, path = source_for(shared, tmp_path)
     asked = {"sae__sources": (path, "train"), "sae__source_codes": "relu"}
-    models, work = adopted(tiny, tmp_path, **asked)
+    models, work = adopted(shared, tmp_path, **asked)
     assert models == {"a"}
     x = np.random.default_rng(0).normal(0.5, 2, (50, 16)).astype(np.float32)
     f, selected = base.load(work.dictionary("a", SITE)).encode(x), d.encode(x)
@@ -226,8 +225,8 @@ def test_codes_before_the_selection_on_demand(tiny, tmp_path):
         ({"architecture": "abstopk"}, "AbsTopK dictionaries have no checkpoint of their own"),
     ],
 )
-def test_all_sources_are_checked_before_one_is_stored(second, words, tiny, tmp_path):
-    _, path = source_for(tiny, tmp_path)
+def test_all_sources_are_checked_before_one_is_stored(second, words, shared, tmp_path):
+    _, path = source_for(shared, tmp_path)
     sizes = {"d_model": second.get("d_model", 24), "d_out": second.get("d_out")}
     d = base.build("relu", **sizes, width=20, k=0, key=jax.random.key(0))
     names = {"model_name": "b", "hook_name": second.get("hook_name", "blocks.1.hook_resid_pre")}
@@ -236,15 +235,15 @@ def test_all_sources_are_checked_before_one_is_stored(second, words, tiny, tmp_p
         config = read_json(tmp_path / "b" / "cfg.json")
         write_json(tmp_path / "b" / "cfg.json", config | second | {"k": 2})
     sources = {"sae__sources": (path, str(tmp_path / "b"))}
-    refused(words, adopted, tiny, tmp_path, **sources)
+    refused(words, adopted, shared, tmp_path, **sources)
     assert not Workdir(tmp_path / "run").computed  # so that other settings may follow
     # Without a store, too.
-    refused(words, check_sources, changed(tiny[0], **sources), Workdir(tmp_path / "run"))
+    refused(words, check_sources, changed(shared[0], **sources), Workdir(tmp_path / "run"))
 
 
-def test_settings_that_cannot_be_are_refused(tiny, tmp_path):
+def test_settings_that_cannot_be_are_refused(shared, tmp_path):
     refused("source= must be something", validate, ConvertConfig())
-    config = changed(tiny[0], sae__sources=("train", "x"), sae__seeds=2)
+    config = changed(shared[0], sae__sources=("train", "x"), sae__seeds=2)
     refused(r"sae\.seeds asks for several", validate, config)
-    one = changed(tiny[0], sae__sources=("of-{layer}",))
+    one = changed(shared[0], sae__sources=("of-{layer}",))
     refused("1 entries for 2 models", check_sources, one, Workdir(tmp_path))

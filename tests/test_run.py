@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import refused, shared
+from tiny_run import refused
 
 from crossdict_jax import models, stats
 from crossdict_jax.activations.passages import select_passages
@@ -15,7 +15,6 @@ from crossdict_jax.models import Site, attention, run
 from crossdict_jax.models.base import LayerNorm
 from crossdict_jax.models.run import Passages, Runner
 
-tiny = shared
 call = run.run_model
 SHAPE = {"model_type": "gpt2", "vocab_size": 40, "n_embd": 8, "n_layer": 3, "n_head": 2}
 SHAPE |= {"n_positions": 16, "initializer_range": 0.3}
@@ -218,8 +217,8 @@ def test_loss_recovered_is_a_share_and_undefined_where_nothing_is_lost():
     assert stats.loss_recovered(edited, clean=clean, baseline=harmless, resamples=draws) is None
 
 
-def test_passages_are_test_rows_with_the_tokens_that_end_there(tiny, monkeypatch):
-    store = open_store(tiny[1].activations)
+def test_passages_are_test_rows_with_the_tokens_that_end_there(shared, monkeypatch):
+    store = open_store(shared[1].activations)
     for name in store.models:
         found = select_passages(store, name, documents=4, seed=0)
         assert len(set(found.document)) == 4 and set(found.rows) <= set(store.select("test"))
