@@ -250,7 +250,8 @@ def test_context_gain_sees_what_is_shared_beyond_the_token():
         ({"target": np.zeros((0, 9))}, "not empty"),
         ({"documents": np.zeros(59)}, r"documents has shape \[59\]"),
         ({"pool": 61}, "pool=61 is not between 1 and the 60 rows"),
-        ({"bootstrap": -1}, "bootstrap=-1"),
+        ({"bootstrap": -1}, "bootstrap=-1 must be a whole number, 0 or more"),
+        ({"pool": 10.5}, "pool=10.5 must be"),
     ],
 )
 def test_bad_input_is_refused(change, message):

@@ -190,6 +190,7 @@ def test_truncation_padding_and_bos_of_a_tokenizer_are_left_out():
     assert pairing.byte_ends("the", tokenizer).ids.tolist() == ids
     refused("not a fast tokenizer", pairing.byte_ends, "text", object())
     refused("has half a character", pairing.byte_ends, "\ud800", object())
+    refused("A text is a str, not bytes", pairing.byte_ends, b"text", tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,8 @@ def byte_ends(text: str, tokenizer) -> TokenEnds:
     Raises:
       UserError: the tokenizer drops or changes characters of this text, or one is half there.
     """
+    if not isinstance(text, str):
+        raise UserError(f"A text is a str, not {type(text).__name__}.")
     check_whole(text, ascii(text[:40]))
     (tokens,) = byte_ends_batch([text], tokenizer)
     if tokens.ends is None:

@@ -166,10 +166,11 @@ def hold_out(target, *, train_mean, documents, pool: int, bootstrap: int, seed: 
     train_mean = _checked("train_mean", train_mean, (width,), "one number per feature")
     if np.shape(documents) != (n,):
         raise UserError(f"documents has shape {list(np.shape(documents))}, not [{n}].")
-    if not 0 <= pool <= n:
+    for name, value in {"pool": pool, "bootstrap": bootstrap, "seed": seed}.items():
+        if not isinstance(value, int | np.integer) or value < 0:
+            raise UserError(f"{name}={value} must be a whole number, 0 or more.")
+    if pool > n:
         raise UserError(f"pool={pool} is not between 1 and the {n} rows; lower it, or 0 for all.")
-    if bootstrap < 0:
-        raise UserError(f"bootstrap={bootstrap} must not be negative; 0 leaves intervals out.")
     size = pool or min(retrieval.LARGEST_DEFAULT_POOL, n)
     target = compress(target)
     return HeldOut(
