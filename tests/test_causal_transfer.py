@@ -225,6 +225,11 @@ def test_norms_are_what_they_say_and_a_budget_is_found_on_the_dose_curve():
     np.testing.assert_allclose(values, [[2.0, 3.0]])
     values = effects.at_budget(kl, effect, 0.02)  # between no dose and the first; and the last
     np.testing.assert_allclose(values, [[0.2, 0.4], [5.0, 7.0]])
+    itself, control = np.stack([effect[:1], kl[:1]]), np.stack([effect[1:], kl[1:]])
+    draws = stats.draw(np.arange(2), count=10, seed=0)  # a control spends 0.02 nats at most
+    row = effects._effects(itself[:, 0], {"random": control}, np.array([1.0, 2.0]), draws)
+    assert row["kl_budget"] == pytest.approx(0.02)
+    assert row["specific_random_at_kl"] == pytest.approx(0.2 * 1.5 - 6)
 
 
 def test_every_map_has_its_own_norm_and_controls_of_it(experiment):

@@ -103,7 +103,8 @@ def test_a_changed_digit_is_noticed(tmp_path_factory):
     store = open_store(work.activations)
     where = *next(iter(store.ends.writes)), store.select("train")
     refused(r"meta\.json is damaged .*KeyError", store.read, *where)
-    refused(r"has the rows 0 to \d+, not", store.read, *where[:2], [-1])
+    refused(r"has the rows 0 to \d+, not -1", store.read, *where[:2], [3, -1])
+    refused(r"A mask of the rows of .* long, not 2", store.read, *where[:2], [True, False])
     refused("no split 'tests'; use train", store.select, "tests")
     store.meta["models"][where[0]]["d_model"] = 2**40  # which no memory holds
     store.meta["checksums"] = workdir.parse_json(before)["checksums"]

@@ -370,6 +370,7 @@ def test_files_that_are_missing_or_damaged(file, content, message, tmp_path):
     [
         (lambda lm: capture(lm, [[1]], [Site(31)]), r"31 is outside gpt2-relu \(3 layers: 0-2\)."),
         (lambda lm: Site(1, "resid_mid"), "'resid_mid' is unknown; use one of resid_pre"),
+        (lambda lm: Site.parse("6"), "'6' is not KIND.LAYER"),
         (lambda lm: Site.parse("resid_pre.x"), "not KIND.LAYER, as in resid_pre.6"),
         (lambda lm: lm.logits([[0, 61]]), r"Token id 61 is outside gpt2-relu \(vocabulary of 61"),
         (lambda lm: lm.logits([[-1]]), "Token id -1 is outside"),

@@ -186,7 +186,7 @@ class Store:
     def read(self, model: str, site: Site, rows: np.ndarray) -> np.ndarray:
         """Returns bfloat16 activations [m, d_model] of these row numbers, in their order.
 
-        A shard's checksum is verified when it is first read. ``rows`` may also be a mask.
+        A shard's checksum is verified when it is first read. ``rows`` may also be a mask of all.
 
         Raises:
           UserError: a shard is missing, truncated or altered, or there is no such model, site or
@@ -198,9 +198,11 @@ class Store:
                 f"{self.directory} has no {model} at {site}; it has {'; '.join(sites)}."
             )
         rows, n = np.asarray(rows), len(self.rows.document)
+        if rows.dtype == bool and len(rows) != n:
+            raise UserError(f"A mask of the rows of {self.directory} is {n} long, not {len(rows)}.")
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
-        if len(rows) and not 0 <= rows.min() <= rows.max() < n:
-            raise UserError(f"{self.directory} has the rows 0 to {n - 1}, not all that are asked.")
+        if len(strange := rows[(rows < 0) | (rows >= n)]):
+            raise UserError(f"{self.directory} has the rows 0 to {n - 1}, not {strange[0]}.")
         with understood(self.directory / "meta.json", mend=MEND):
             starts = np.asarray(self.meta["shard_starts"])  # first row of every shard, and the end
             shards = np.searchsorted(starts, rows, side="right") - 1

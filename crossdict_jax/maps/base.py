@@ -381,7 +381,7 @@ def save(
       source: A's dictionary, if the map was fitted on what it gives.
       record: how the map was fitted (JSON values).
     """
-    path, dictionary = (os.path.abspath(os.path.expanduser(p)) for p in (path, dictionary))
+    path, dictionary = map(os.path.expanduser, (path, dictionary))
     params = {name: a for name, a in modules.split(m)[1].items() if name != "dictionary"}
     meta = {
         "kind": m.kind,

@@ -156,8 +156,7 @@ def to_what_effect(stitched: list[Comparison]) -> str:
                 text += f"; its features, decoded, recover {percent(alike['loss_recovered'])}"
             text += f", {more} than the table of token means ({percent(token)})"
     elif line.get("loss_recovered_low") is None:
-        text = f"One held-out document gives no interval, so nothing is shown: {stitch} recovers "
-        text += of_zero
+        text = f"Without an interval nothing is shown: {stitch} recovers {of_zero}"
     else:
         text = f"Negative result: even the best predicted activation, {stitch}, recovers only "
         text += f"{of_zero}, not surely more than its controls"

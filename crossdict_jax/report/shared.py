@@ -38,7 +38,7 @@ def answer(run: Run) -> str:
             "of half its length; raise text.documents or text.test_fraction."
         )
         return untested if rows else ""
-    if row["share"] is None:
+    if all(each["share"] is None for each in rows):
         return (
             "No feature could be matched, as none of one side is live in the training rows; lower "
             "evaluation.minimum_firings or raise text.documents."

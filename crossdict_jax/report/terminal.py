@@ -138,8 +138,9 @@ def summary_table(work: Workdir) -> None:
 def main_table(run: Run) -> Table:
     """Returns the main result, a line per direction and layer pair, or per direction at its best.
 
-    R² of the baselines, of the best linear and nonlinear map, of the best fitted map on shuffled
-    pairs and to the ceiling; and the share of the loss that the best stitched map recovers.
+    R² of the baselines and of the best linear and nonlinear map; the highest that a fitted map has
+    on shuffled pairs, and as its ceiling; and the share of the loss that the best stitched map
+    recovers.
     """
 
     def best(lines: list[dict], key: str = "r2", *, named: bool = False) -> str:

@@ -43,13 +43,14 @@ def transfer_section(run: Run) -> Iterator[Block]:
     )
     yield Facts([(f"{sign} {words}", colour) for words, (_, sign, colour) in VERDICTS.items()])
     for (source, target), group in directions(run.comparisons).items():
-        tokens = any(line["map"] == "token" for c in group for line in c.lines)
-        lines = ", and the source’s token map, which a map must pass to show shared context"
+        token = ", and the source’s token map, which a map must pass to show shared context"
+        shown = any(line["map"] == "token" for c in group for line in c.lines)
         yield Heading(f"{source} → {target}")
         yield Panels(
             [r2_figure(c, group) for c in group],
             f"R² of each map from {source} to {target}, with 95 % intervals over documents. "
-            f"Crosses: the null. Lines: the mean (R² 0){lines * tokens}. Colours are verdicts.",
+            f"Crosses: the null. Lines: the mean (R² 0){token if shown else ''}. Colours are "
+            "verdicts.",
         )
         yield from map(transfer_table, group)
 
